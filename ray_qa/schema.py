@@ -1,0 +1,42 @@
+"""Names of columns and Arrow schemas of everything that is stored or passed between processes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pyarrow as pa
+
+CONTEXT = "context"
+QUESTION = "question"
+ANSWER_TEXT = "answer_text"
+ANSWER_START = "answer_start"
+ROW_INDEX = "row_index"
+
+TEST_COLUMNS = (CONTEXT, QUESTION)
+LABEL_COLUMNS = (ANSWER_TEXT, ANSWER_START)
+TRAIN_COLUMNS = TEST_COLUMNS + LABEL_COLUMNS
+
+#: One line of a result: ``context[start:end] == answer``, counted in code points, end exclusive.
+#: ``error`` is null, or says why the row has no answer (then answer is "" and start, end are 0).
+PREDICTIONS = pa.schema(
+    [
+        pa.field(ROW_INDEX, pa.int64(), nullable=False),
+        pa.field("answer", pa.string(), nullable=False),
+        pa.field("score", pa.float32(), nullable=False),
+        pa.field("start", pa.int64(), nullable=False),
+        pa.field("end", pa.int64(), nullable=False),
+        pa.field("error", pa.string()),
+    ]
+)
+
+
+class QuestionAnsweringResult(NamedTuple):
+    """One answer: its text, its probability, and where it lies in the context.
+
+    ``context[start:end] == answer``; positions count code points and ``end`` is exclusive.
+    """
+
+    answer: str
+    score: float
+    start: int
+    end: int

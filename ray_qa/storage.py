@@ -1,0 +1,243 @@
+"""One way to find, read and atomically publish files, on a disk and on an object store.
+
+Knows nothing of CSV, Parquet or Ray. A `Location` can be pickled: it carries its file system, with
+the endpoint and the credentials that the caller gave, to any worker.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob as local_glob
+import os
+import random
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from ray_qa.errors import InputError, OptionError, OutputError
+
+T = TypeVar("T")
+PathLike = str | os.PathLike[str]
+
+_RETRIES = 4
+_FINAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR}
+_GLOB_CHARACTERS = "*?["
+
+
+def cache_home() -> Path:
+    """The one folder for everything that can be made again: $RAY_QA_HOME, else ~/.cache/ray_qa."""
+    home = os.environ.get("RAY_QA_HOME")
+    return Path(home).expanduser().absolute() if home else Path.home() / ".cache" / "ray_qa"
+
+
+@dataclass(frozen=True)
+class Location:
+    """A file or folder on some file system.
+
+    ``path`` is the path within ``filesystem``, ``uri`` what a person reads in messages.
+    """
+
+    filesystem: pafs.FileSystem
+    path: str
+    uri: str
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.filesystem, pafs.LocalFileSystem)
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self.path).name
+
+    def __truediv__(self, name: str) -> Location:
+        return Location(
+            self.filesystem, f"{self.path.rstrip('/')}/{name}", f"{self.uri.rstrip('/')}/{name}"
+        )
+
+    def info(self) -> pafs.FileInfo:
+        return retry(lambda: self.filesystem.get_file_info(self.path))
+
+    def exists(self) -> bool:
+        return self.info().type != pafs.FileType.NotFound
+
+    def list(self) -> list[pafs.FileInfo]:
+        """Direct children, in name order; an absent folder has none."""
+        selector = pafs.FileSelector(self.path, allow_not_found=True)
+        return sorted(retry(lambda: self.filesystem.get_file_info(selector)), key=lambda i: i.path)
+
+    def read_bytes(self, start: int = 0, end: int | None = None) -> pa.Buffer:
+        """The bytes [start, end) of the file; to its end when ``end`` is None."""
+
+        def read() -> pa.Buffer:
+            with self.filesystem.open_input_file(self.path) as file:
+                stop = file.size() if end is None else end
+                return file.read_at(stop - start, start) if stop > start else pa.py_buffer(b"")
+
+        return pa.py_buffer(retry(read))
+
+    def open_stream(self, *, compression: str | None = None) -> pa.NativeFile:
+        """A forward-only stream; decompressed when ``compression`` names a codec."""
+        return retry(lambda: self.filesystem.open_input_stream(self.path, compression=compression))
+
+    def publish(self, data: bytes | pa.Buffer) -> None:
+        """Write the whole file so that a reader sees all of it or none.
+
+        On a disk: a file whose name begins with an underscore, then a rename. On an object store: one write,
+        which becomes visible when it is complete.
+        """
+        try:
+            retry(lambda: self._publish_once(data))
+        except OSError as error:
+            raise OutputError(f"{self.uri}: cannot be written ({error})") from error
+
+    def _publish_once(self, data: bytes | pa.Buffer) -> None:
+        if not self.is_local:
+            with self.filesystem.open_output_stream(self.path) as stream:
+                stream.write(data)
+            return
+        target = Path(self.path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staged = target.with_name(f"_{target.name}.{uuid.uuid4().hex}")
+        try:
+            with open(staged, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(staged, target)
+        except BaseException:
+            staged.unlink(missing_ok=True)
+            raise
+
+    def make_folder(self) -> None:
+        """Create the folder and prove that it can be written."""
+        try:
+            self.filesystem.create_dir(self.path, recursive=True)
+            probe = self / f"_probe.{uuid.uuid4().hex}"
+            probe._publish_once(b"")
+            self.filesystem.delete_file(probe.path)
+        except OSError as error:
+            raise OutputError(
+                f"{self.uri}: cannot be used as an output folder ({error}); "
+                "allowed is a folder that this user may create and write"
+            ) from error
+
+    def delete(self) -> None:
+        """Delete the file, if it is there."""
+        try:
+            retry(lambda: self.filesystem.delete_file(self.path))
+        except FileNotFoundError:
+            pass
+
+
+def retry(call: Callable[[], T], *, attempts: int = _RETRIES) -> T:
+    """``call()``, again after a growing pause when storage fails in a way that may pass."""
+    for attempt in range(attempts):
+        try:
+            return call()
+        except (FileNotFoundError, PermissionError):
+            raise
+        except OSError as error:
+            if error.errno in _FINAL_ERRNOS or attempt == attempts - 1:
+                raise
+            time.sleep(0.2 * 2**attempt * (1 + random.random()))
+    raise AssertionError("unreachable")
+
+
+def locate(path: PathLike, *, storage_options: Mapping[str, object] | None = None) -> Location:
+    """The location of a local path or of a URI (``s3://``, ``gs://``, or any that fsspec knows).
+
+    ``storage_options`` go to the file system of a URI: for ``s3://`` the arguments of
+    `pyarrow.fs.S3FileSystem` (``endpoint_override``, ``access_key``, ...), for ``gs://`` those of
+    `pyarrow.fs.GcsFileSystem`, else those of the fsspec file system.
+    """
+    text = os.fspath(path)
+    if not isinstance(text, str) or not text:
+        raise OptionError(f"a path must be a non-empty string or os.PathLike, found {path!r}")
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        return Location(pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(text)), text)
+    if scheme == "file":
+        return Location(pafs.LocalFileSystem(), os.path.abspath(rest), text)
+    options = dict(storage_options or {})
+    try:
+        if scheme == "s3" and options:
+            return Location(pafs.S3FileSystem(**options), rest, text)
+        if scheme in ("gs", "gcs") and options:
+            return Location(pafs.GcsFileSystem(**options), rest, text)
+        if scheme in ("s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss") and not options:
+            filesystem, inner = pafs.FileSystem.from_uri(text)
+            return Location(filesystem, inner, text)
+        import fsspec
+
+        remote, inner = fsspec.url_to_fs(text, **options)
+        return Location(pafs.PyFileSystem(pafs.FSSpecHandler(remote)), inner, text)
+    except (ValueError, TypeError, ImportError, pa.ArrowInvalid) as error:
+        raise OptionError(f"{text}: not a path or URI that can be opened ({error})") from error
+
+
+def expand(
+    paths: PathLike | Sequence[PathLike], *, suffixes: tuple[str, ...],
+    storage_options: Mapping[str, object] | None = None,
+) -> list[Location]:
+    """The input files that ``paths`` names, in order: a list in its own order, a folder or a
+    glob in path order.
+
+    A folder gives its direct children that end in one of ``suffixes`` and do not begin with ``_`` or ``.``.
+
+    Raises:
+        InputError: a file is missing, or a folder or glob gives none.
+    """
+    if isinstance(paths, (str, os.PathLike)):
+        paths = [paths]
+    if not paths:
+        raise InputError("no input file was given; allowed: a path, a folder, a glob, or a list of these")
+    found: list[Location] = []
+    for path in paths:
+        found += _expand_one(path, suffixes, storage_options)
+    return found
+
+
+def _expand_one(path: PathLike, suffixes: tuple[str, ...], storage_options) -> list[Location]:
+    location = locate(path, storage_options=storage_options)
+    try:
+        info = location.info()
+        if info.type == pafs.FileType.File:
+            return [location]
+        if info.type == pafs.FileType.Directory:
+            matches = [
+                location / child.base_name for child in location.list()
+                if child.type == pafs.FileType.File and child.base_name.endswith(suffixes)
+                and not child.base_name.startswith(("_", "."))
+            ]
+            if not matches:
+                raise InputError(f"{location.uri}: the folder holds no file that ends in {', '.join(suffixes)}")
+            return matches
+        if any(character in location.path for character in _GLOB_CHARACTERS):
+            matches = _expand_glob(location)
+            if not matches:
+                raise InputError(f"{location.uri}: the pattern matches no file")
+            return matches
+    except OSError as error:
+        raise InputError(f"{location.uri}: cannot be read ({error})") from error
+    raise InputError(f"{location.uri}: no such file")
+
+
+def _expand_glob(location: Location) -> list[Location]:
+    if location.is_local:
+        names = sorted(name for name in local_glob.glob(location.path, recursive=True) if os.path.isfile(name))
+        return [Location(location.filesystem, name, name) for name in names]
+    fixed = location.path[: min(location.path.index(c) for c in _GLOB_CHARACTERS if c in location.path)]
+    base = fixed.rpartition("/")[0]
+    selector = pafs.FileSelector(base, recursive="/" in location.path[len(base) + 1 :], allow_not_found=True)
+    prefix = location.uri[: len(location.uri) - len(location.path)]
+    return [
+        Location(location.filesystem, info.path, prefix + info.path)
+        for info in sorted(location.filesystem.get_file_info(selector), key=lambda i: i.path)
+        if info.type == pafs.FileType.File and PurePosixPath(info.path).match(location.path)
+    ]

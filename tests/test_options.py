@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from ray_qa.errors import OptionError
+from ray_qa.options import ARGS_QA_TRAIN, QAEvalArgs, QATestArgs, QATrainArgs, allowance
+
+
+def test_documented_dictionary_is_the_default() -> None:
+    assert ARGS_QA_TRAIN == {
+        "learning_rate": 5e-5, "weight_decay": 0, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8,
+        "max_grad_norm": 1.0, "num_train_epochs": 3.0,
+    }
+    assert QATrainArgs.of(ARGS_QA_TRAIN) == QATrainArgs() == QATrainArgs.of(None)
+
+
+def test_partial_dictionary_keeps_other_defaults() -> None:
+    args = QATrainArgs.of({"num_train_epochs": 1})
+    assert args.num_train_epochs == 1.0 and isinstance(args.num_train_epochs, float)
+    assert args.learning_rate == 5e-5 and args.batch_size == 8
+
+
+def test_evaluation_defaults_to_full_precision() -> None:
+    assert (QAEvalArgs().precision, QATestArgs().precision, QATrainArgs().precision) == ("fp32", "auto", "auto")
+
+
+@pytest.mark.parametrize(
+    ("args", "found", "allowed"),
+    [
+        ({"learning_rat": 1e-3}, "'learning_rat'", "learning_rate, weight_decay"),
+        ({"learning_rate": -1}, "-1", "at least 0"),
+        ({"learning_rate": float("nan")}, "nan", "at least 0"),
+        ({"learning_rate": "fast"}, "'fast'", "a number"),
+        ({"adam_beta1": 1.0}, "1.0", "below 1"),
+        ({"adam_epsilon": 0}, "0", "above 0"),
+        ({"num_train_epochs": 0}, "0", "above 0"),
+        ({"batch_size": 0}, "0", "at least 1"),
+        ({"batch_size": 2.5}, "2.5", "whole number"),
+        ({"batch_size": True}, "True", "at least 1"),
+        ({"precision": "fp16"}, "'fp16'", "'auto', 'bf16', 'fp32'"),
+        ({"delimiter": "|"}, "'|'", "',', ';', 'tab' or None"),
+        ({"handle_impossible_answer": 1}, "1", "True, False"),
+        ({"max_steps": 0}, "0", "at least 1 or None"),
+        (7, "int", "QATrainArgs"),
+    ],
+)
+def test_what_is_refused(args: object, found: str, allowed: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        QATrainArgs.of(args)  # type: ignore[arg-type]
+    assert found in str(caught.value) and allowed in str(caught.value)
+
+
+def test_options_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        QATestArgs().max_answer_length = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("limit", "allowed"), [(0, 0), (0.01, 10), (0.5, 500), (1, 1), (25, 25)])
+def test_allowance_is_a_share_below_one_and_a_count_from_one(limit: float, allowed: int) -> None:
+    assert allowance(limit, 1000) == allowed

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from ray_qa import storage
+from ray_qa.errors import InputError, OptionError, OutputError
+from ray_qa.storage import expand, locate, retry
+
+
+def test_publish_shows_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = locate(tmp_path / "deep" / "file.bin")
+    target.publish(b"first")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "no space left")))
+    with pytest.raises(OutputError, match=r"file\.bin: cannot be written .*no space left"):
+        target.publish(b"second, longer")
+    assert target.read_bytes().to_pybytes() == b"first"
+    assert os.listdir(tmp_path / "deep") == ["file.bin"]
+
+
+def test_ranges_and_streams(tmp_path: Path) -> None:
+    location = locate(tmp_path / "x")
+    location.publish(pa.py_buffer(b"0123456789"))
+    assert location.read_bytes(2, 5).to_pybytes() == b"234"
+    assert location.read_bytes(7).to_pybytes() == b"789"
+    assert location.read_bytes(5, 5).to_pybytes() == b""
+    with pickle.loads(pickle.dumps(location)).open_stream() as stream:
+        assert stream.read() == b"0123456789"
+
+
+def test_a_fault_that_passes_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage.time, "sleep", lambda _: None)
+    calls = []
+
+    def flaky() -> str:
+        calls.append(1)
+        if len(calls) < 3:
+            raise OSError("connection reset")
+        return "done"
+
+    assert retry(flaky) == "done" and len(calls) == 3
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("gone"), PermissionError("no"), OSError(errno.ENOSPC, "full")])
+def test_a_fault_that_stays_is_not_tried_again(error: OSError) -> None:
+    calls = []
+
+    def fail() -> None:
+        calls.append(1)
+        raise error
+
+    with pytest.raises(OSError):
+        retry(fail)
+    assert len(calls) == 1
+
+
+def test_expand_keeps_list_order_and_sorts_folders_and_globs(tmp_path: Path) -> None:
+    for name in ("b.csv", "a.csv", "c.txt", "_hidden.csv", "sub.csv/x"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x")
+
+    def names(paths: object) -> list[str]:
+        return [location.name for location in expand(paths, suffixes=(".csv",))]  # type: ignore[arg-type]
+
+    assert names(tmp_path) == ["a.csv", "b.csv"]
+    assert names(str(tmp_path / "*.csv")) == ["_hidden.csv", "a.csv", "b.csv"]
+    assert names([tmp_path / "b.csv", tmp_path / "a.csv"]) == ["b.csv", "a.csv"]
+    assert names(f"file://{tmp_path}/a.csv") == ["a.csv"]
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"), [("none.csv", "no such file"), ("*.csv", "matches no file"), ("", "holds no file")]
+)
+def test_expand_names_what_is_missing(tmp_path: Path, name: str, problem: str) -> None:
+    with pytest.raises(InputError, match=problem):
+        expand(f"{tmp_path}/{name}", suffixes=(".csv",))
+
+
+def test_no_input_and_no_path_are_refused() -> None:
+    with pytest.raises(InputError, match="no input file"):
+        expand([], suffixes=(".csv",))
+    with pytest.raises(OptionError, match="non-empty"):
+        locate("")
+    with pytest.raises(OptionError, match="nosuch://x/y"):
+        locate("nosuch://x/y")
+
+
+def test_a_file_in_the_way_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="cannot be used as an output folder"):
+        locate(tmp_path / "file" / "out").make_folder()
