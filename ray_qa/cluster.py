@@ -1,0 +1,186 @@
+"""The Ray cluster: connecting to it, what it has, and what a run takes of it.
+
+Knows nothing of rows, models or parts.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import ray
+import ray.data
+from ray.exceptions import RayError, UserCodeException
+from ray.train import ScalingConfig
+
+from ray_qa.errors import OptionError, RayQAError, WorkError
+
+T = TypeVar("T")
+
+_EXCEPTION_LINE = re.compile(r"^[\w.]*(?:Error|Exception|Interrupt|Died)\w*: .+$", re.MULTILINE)
+
+logger = logging.getLogger("ray_qa")
+
+
+def connect() -> None:
+    """Connect to the cluster that RAY_ADDRESS or a running head names, else start one in this process.
+
+    Does nothing where the program has called `ray.init` itself.
+    """
+    if not ray.is_initialized():
+        # An address in the environment (as inside `ray job submit`) names the cluster; else a local one is started.
+        dashboard = None if "RAY_ADDRESS" in os.environ else False
+        ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=dashboard)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # What fails there is raised here; Ray Data would print its whole stack first, twice.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The workers of a prediction: ``num_workers`` processes of ``threads`` CPU threads, with or without a GPU."""
+
+    num_workers: int
+    use_gpu: bool
+    threads: int
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.use_gpu else "cpu"
+
+    def __str__(self) -> str:
+        what = "GPU" if self.use_gpu else f"{self.threads}-thread CPU"
+        return f"{self.num_workers} {what} worker{'s' if self.num_workers != 1 else ''}"
+
+
+def num_gpus() -> int:
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def cpus_per_node() -> list[int]:
+    """CPUs of every node that is alive and has any."""
+    found = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    return [cpus for cpus in found if cpus]
+
+
+def prediction_workers(scaling: ScalingConfig | None, *, at_most: int) -> Workers:
+    """Workers for prediction: as ``scaling`` says, else one per GPU, else one-thread workers on every CPU.
+
+    One thread each measured faster than few workers with many threads, and makes a result independent of
+    the machine's number of cores. ``at_most`` is the number of parts: more workers would stand idle.
+
+    Raises:
+        OptionError: GPUs are asked for and the cluster has none.
+    """
+    gpus = num_gpus()
+    if scaling is None:
+        use_gpu = gpus > 0
+        threads = 1
+        wanted = gpus if use_gpu else sum(cpus_per_node())
+    else:
+        use_gpu = bool(scaling.use_gpu)
+        resources = scaling.resources_per_worker if isinstance(scaling.resources_per_worker, dict) else {}
+        cpus = resources.get("CPU", 1)
+        threads = max(1, int(cpus)) if isinstance(cpus, (int, float)) else 1
+        wanted = _most_workers(scaling)
+    if wanted < 1:
+        raise OptionError(f"num_workers is {wanted}; allowed for prediction: a whole number at least 1")
+    if use_gpu and not gpus:
+        raise OptionError("use_gpu asks for GPUs and the cluster has none; allowed: use_gpu=False, or nodes with GPUs")
+    available = gpus if use_gpu else sum(cpus // threads for cpus in cpus_per_node())
+    if not available:
+        raise OptionError(f"a worker with {threads} CPUs fits on no node; the nodes have {cpus_per_node()} CPUs")
+    if scaling is not None and wanted > available:
+        logger.warning("%d workers were asked for; the cluster has room for %d at once", wanted, available)
+    return Workers(max(1, min(wanted, available, at_most)), use_gpu, threads)
+
+
+def _most_workers(scaling: ScalingConfig) -> int:
+    """``num_workers``, or the larger end of an elastic range."""
+    count = scaling.num_workers
+    if isinstance(count, tuple):
+        count = count[1]
+    return count if isinstance(count, int) else 0
+
+
+def scaling_of(
+    num_workers: int | None, *, use_gpu: bool = False, cpus_per_worker: int | None = None
+) -> ScalingConfig | None:
+    """The workers that a job's flags ask for; None where they say nothing.
+
+    Raises:
+        OptionError: no worker would fit.
+    """
+    if num_workers is None and not use_gpu and cpus_per_worker is None:
+        return None
+    connect()
+    if num_workers is None:
+        num_workers = num_gpus() if use_gpu else sum(cpus // (cpus_per_worker or 1) for cpus in cpus_per_node())
+    if num_workers < 1:
+        raise OptionError(
+            f"num_workers is {num_workers}; allowed: at least 1 (the cluster has {num_gpus()} GPUs, and nodes of "
+            f"{cpus_per_node()} CPUs)"
+        )
+    wanted = {"CPU": cpus_per_worker, "GPU": 1 if use_gpu else None}
+    resources = {name: float(count) for name, count in wanted.items() if count is not None}
+    return ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=resources or None)
+
+
+def training_scaling(scaling: ScalingConfig | None) -> ScalingConfig:
+    """``scaling``, else one worker per GPU, else one worker per node with all the node's CPUs."""
+    if scaling is not None:
+        return scaling
+    gpus = num_gpus()
+    if gpus:
+        return ScalingConfig(num_workers=gpus, use_gpu=True)
+    cpus = cpus_per_node()
+    return ScalingConfig(num_workers=len(cpus), resources_per_worker={"CPU": min(cpus)})
+
+
+def get(reference: ray.ObjectRef[T]) -> T:
+    """`ray.get` that raises ray_qa's own errors as themselves."""
+    try:
+        return ray.get(reference)
+    except RayError as error:
+        raise own_error(error) from error
+
+
+def batches(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+    """The blocks of a dataset as they come, raising ray_qa's own errors as themselves."""
+    try:
+        yield from dataset.iter_batches(batch_size=None, batch_format="numpy")
+    except (RayError, UserCodeException) as error:
+        raise own_error(error) from error
+
+
+def own_error(error: BaseException) -> BaseException:
+    """The ray_qa error that a worker raised, found under what Ray wrapped it in; else a WorkError."""
+    root = error
+    while True:
+        # A RayTaskError is made to look like its cause, with a traceback for a message: look at the cause first.
+        inner = getattr(root, "cause", None) or root.__cause__
+        if not isinstance(inner, BaseException):
+            break
+        root = inner
+    if isinstance(root, RayQAError):
+        return root
+    # Ray Data may hide the cause in the text of the remote traceback: its last line that names an exception.
+    text = f"{type(root).__name__}: {root}\n{error}"
+    named = [line for line in _EXCEPTION_LINE.findall(text) if "UserCode" not in line]
+    return WorkError(f"a worker failed: {named[-1] if named else error}")
+
+
+def pack(value: Any) -> bytes:
+    """A small Python object as one cell of a dataset."""
+    return pickle.dumps(value)
+
+
+def unpack(cell: bytes) -> Any:
+    return pickle.loads(cell)

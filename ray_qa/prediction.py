@@ -1,0 +1,395 @@
+"""Parts through Ray Data: read, tokenized, answered by a pool of workers, published, counted.
+
+On CPUs one worker does all of it for a part. With GPUs (and for compressed files, which only one task can read) CPU
+tasks read and tokenize parts, and hand rows and windows to the workers as one cell each. Either way a worker
+publishes its part itself and returns counts: no text and no logits pass through the driver.
+
+The worker is a shell around `engine.Engine`; what a run needs is one small `Job`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.train import ScalingConfig
+
+import ray_qa
+from ray_qa import cluster, model_transfer, reading, results, schema
+from ray_qa.cluster import Workers
+from ray_qa.csv_index import CSVIndex, Part
+from ray_qa.labels import check_labels
+from ray_qa.model_transfer import SharedModel
+from ray_qa.options import AnswerOptions, QATestArgs, allowance
+from ray_qa.results import PartFile, ResultFolder
+from ray_qa.schema import QuestionAnsweringResult
+from ray_qa.storage import PathLike, locate
+
+if TYPE_CHECKING:  # torch and transformers are slow to import; a cluster's driver may do without
+    from ray_qa.engine import Engine, EngineOutput
+    from ray_qa.model import ModelSource
+    from ray_qa.windows import WindowMaker, Windows
+
+logger = logging.getLogger("ray_qa")
+
+#: CPUs of a task that reads and tokenizes beside the workers.
+_FEEDER_CPUS = 0.5
+#: Options that change how fast a run is, or what is said about it, and never an answer.
+_OPTIONS_WITHOUT_EFFECT = {"precision", "tokens_per_batch", "max_error_rows", "max_bad_rows"}
+
+Reducer = Callable[[pa.Table, "EngineOutput"], Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker of one run must know. Small; the rest is behind references."""
+
+    index: ray.ObjectRef[CSVIndex]
+    model: SharedModel
+    options: AnswerOptions
+    precision: str
+    device: str
+    threads: int
+    trust_remote_code: bool = False
+    allow_untrained_head: bool = False
+    folder: ResultFolder | None = None
+    """Where workers publish their parts; None returns the answers to the driver."""
+    reducer: Reducer | None = None
+    """For evaluation: what a part's labelled rows and the engine's output come down to; rows whose labels
+    cannot be used are left out, and nothing is published."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return schema.TEST_COLUMNS if self.reducer is None else schema.TRAIN_COLUMNS
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """What a worker says of one finished part."""
+
+    first_row: int
+    num_rows: int
+    num_errors: int
+    num_windows: int
+    started: float
+    finished: float
+    """Seconds since the epoch on the worker's clock."""
+    worker: str
+    """Node and process."""
+    file: PartFile | None = None
+    answers: pa.Table | None = None
+    reduced: Any = None
+
+
+@dataclass
+class RunStatistics:
+    """Counts over the parts that a run computed (not those it found already done)."""
+
+    num_rows: int = 0
+    num_errors: int = 0
+    num_windows: int = 0
+    parts_of_worker: dict[str, int] = field(default_factory=dict)
+    _started: float = float("inf")
+    _finished: float = 0.0
+
+    def add(self, report: PartReport) -> None:
+        self.num_rows += report.num_rows
+        self.num_errors += report.num_errors
+        self.num_windows += report.num_windows
+        self.parts_of_worker[report.worker] = self.parts_of_worker.get(report.worker, 0) + 1
+        self._started = min(self._started, report.started)
+        self._finished = max(self._finished, report.finished)
+
+    @property
+    def seconds(self) -> float:
+        """From the first part's beginning to the last part's end: without start-up."""
+        return max(0.0, self._finished - self._started)
+
+    @property
+    def rows_per_second(self) -> float:
+        return self.num_rows / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A finished prediction run.
+
+    ``answers`` holds one result per row in CSV order: a list, or a lazy sequence over the files in
+    ``output_path``. ``statistics`` count this run's own work, ``num_resumed_rows`` were found done.
+    """
+
+    answers: Sequence[QuestionAnsweringResult]
+    num_rows: int
+    num_errors: int
+    num_parts: int
+    num_resumed_rows: int
+    too_many_errors: bool
+    precision: str
+    workers: Workers
+    statistics: RunStatistics
+    output_path: str | None
+
+
+def predict(
+    input_paths: PathLike | Sequence[PathLike], *, model: ModelSource | PathLike,
+    args: QATestArgs | Mapping[str, Any] | None = None, output_path: PathLike | None = None,
+    scaling: ScalingConfig | None = None, overwrite: bool = False, trust_remote_code: bool = False,
+    allow_untrained_head: bool = False, storage_options: Mapping[str, object] | None = None,
+) -> Prediction:
+    """Answer every row of CSV files with the columns context and question.
+
+    Args:
+        input_paths: a file, a folder, a glob, or a list of these; local or a URI.
+        model: a folder, a name on the hub, or what `model.resolve_model` found.
+        output_path: a folder for Parquet parts in CSV order; None collects a list in the driver. The same call
+            on an unfinished folder computes only what is missing.
+        overwrite: throw away another run's output in that folder.
+
+    Raises:
+        OptionError, InputError, CSVError, OutputError, ModelError: before any work is done.
+        WorkError: the work failed; a folder keeps what was finished.
+    """
+    from ray_qa.model import as_source
+
+    args = QATestArgs.of(args)
+    model = as_source(model, trust_remote_code=trust_remote_code, allow_untrained_head=allow_untrained_head)
+    index = reading.index_input(
+        input_paths, required_columns=schema.TEST_COLUMNS, delimiter=args.delimiter, storage_options=storage_options
+    )
+    cluster.connect()
+    workers = cluster.prediction_workers(scaling, at_most=max(1, index.num_parts))
+    precision = resolve_precision(args.precision, workers)
+    folder, done, plan = None, {}, {}
+    if output_path is not None:
+        plan = _plan(index, model, args, precision)
+        location = locate(output_path, storage_options=storage_options)
+        folder = results.begin(location, plan, overwrite=overwrite)
+        done = folder.published()
+    missing = [i for i, part in enumerate(index.parts()) if part.first_row not in done]
+    logger.info(
+        "test: %d rows in %d parts%s; %s; precision %s; model %s", index.num_rows, index.num_parts,
+        f" ({len(done)} done already)" if done else "", workers, precision, model.name,
+    )
+    job = Job(
+        index=ray.put(index), model=model_transfer.share_directory(model.directory, model.digest), options=args,
+        precision=precision, device=workers.device, threads=workers.threads, folder=folder,
+        trust_remote_code=trust_remote_code, allow_untrained_head=allow_untrained_head,
+    )
+    statistics = RunStatistics()
+    tables: dict[int, pa.Table] = {}
+    files = dict(done)
+    for report in run_parts(job, index, missing, workers):
+        statistics.add(report)
+        if report.file is not None:
+            files[report.first_row] = report.file
+        if report.answers is not None:
+            tables[report.first_row] = report.answers
+    answers: Sequence[QuestionAnsweringResult]
+    if folder is None:
+        num_errors = statistics.num_errors
+        answers = [answer for first_row in sorted(tables) for answer in results.to_results(tables[first_row])]
+        if len(answers) != index.num_rows:
+            raise results.WorkError(f"{len(answers)} answers came back for {index.num_rows} rows")
+    else:
+        num_errors = folder.finish(plan, files.values(), index.num_rows)["num_errors"]
+        answers = results.Answers(folder.location)
+    return Prediction(
+        answers=answers, num_rows=index.num_rows, num_errors=num_errors, num_parts=index.num_parts,
+        num_resumed_rows=sum(part.num_rows for part in done.values()),
+        too_many_errors=num_errors > allowance(args.max_error_rows, index.num_rows),
+        precision=precision, workers=workers, statistics=statistics,
+        output_path=None if folder is None else folder.location.uri,
+    )
+
+
+def resolve_precision(precision: str, workers: Workers) -> str:
+    """"bf16" or "fp32", once for the run, from the hardware that the workers will have."""
+    from ray_qa.model import resolve_precision as resolve
+
+    if precision == "auto" and workers.use_gpu:
+        # The driver may sit on a node without a GPU.
+        precision = cluster.get(ray.remote(num_gpus=1, num_cpus=0)(lambda: resolve("auto", "cuda")).remote())
+    return resolve(precision, workers.device)
+
+
+def _plan(index: CSVIndex, model: ModelSource, args: QATestArgs, precision: str) -> dict[str, Any]:
+    """Everything that an answer or the layout of the parts depends on."""
+    options = {k: v for k, v in dataclasses.asdict(args).items() if k not in _OPTIONS_WITHOUT_EFFECT}
+    return {
+        "input": index.digest, "num_rows": index.num_rows, "num_parts": index.num_parts, "model": model.digest,
+        "options": options, "precision": precision,
+        "versions": {"ray-qa": ray_qa.__version__}
+        | {name: version(name) for name in ("tokenizers", "torch", "transformers")},
+    }
+
+
+def run_parts(job: Job, index: CSVIndex, parts: Sequence[int], workers: Workers) -> Iterator[PartReport]:
+    """The reports of the given parts as they are finished, in no particular order; each part exactly once.
+
+    Raises:
+        WorkError: a worker failed, or a part did not come back.
+    """
+    if not parts:
+        return
+    feeds = workers.use_gpu or any(file.compression is not None for file in index.files)
+    runs = reading.part_runs(index, parts, cell_per_block=feeds)
+    pool = ray.data.ActorPoolStrategy(
+        # Ray Data warns of a pool that waits for more workers than there are runs.
+        min_size=min(workers.num_workers, runs.count()), max_size=workers.num_workers, initial_size=workers.num_workers,
+        # One part at work and one waiting: more would lie with one worker while another has none.
+        max_tasks_in_flight_per_actor=2,
+    )
+    cpus = float(workers.threads)
+    if feeds:
+        runs = runs.map_batches(
+            _Feeder(job).feed, batch_size=1, batch_format="numpy", num_cpus=_FEEDER_CPUS
+        )
+        total = sum(cluster.cpus_per_node())
+        # Workers on CPUs leave room for at least one feeder.
+        cpus = 1 if workers.use_gpu else workers.threads * max(total - _FEEDER_CPUS, 0.5) / total
+    reports = runs.map_batches(
+        PredictionWorker, fn_constructor_args=(job,), batch_size=1, batch_format="numpy",
+        compute=pool,
+        num_cpus=round(cpus, 4), num_gpus=1 if workers.use_gpu else None,
+    )
+    expected = {index.part(number).first_row for number in parts}
+    for batch in cluster.batches(reports):
+        for cell in batch["report"]:
+            report: PartReport = cluster.unpack(cell)
+            if report.first_row not in expected:
+                raise results.WorkError(f"the part of row {report.first_row} came back twice")
+            expected.remove(report.first_row)
+            yield report
+    if expected:
+        raise results.WorkError(f"{len(expected)} parts did not come back, the first of them at row {min(expected)}")
+
+
+class _Feeder:
+    """Reads and tokenizes the parts of a run, in a task without a model."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def feed(self, batch: dict[str, Any]) -> Iterator[dict[str, list[Any]]]:
+        job = self.job
+        maker = _window_maker(job.model.digest, _Hidden((job.model, job.options, job.trust_remote_code)))
+        for part, table in reading.read_run(ray.get(job.index), batch, job.columns):
+            table = usable_rows(job, table)
+            windows = _make_windows(job, table, maker)
+            yield {
+                "part": [cluster.pack(part)],
+                "rows": [_to_ipc(table)],
+                "windows": [cluster.pack((windows.to_table(), windows.errors))],
+            }
+
+
+@dataclass(frozen=True)
+class _Hidden:
+    """A value that a cache's key leaves out."""
+
+    value: Any = field(compare=False)
+
+
+@lru_cache(maxsize=2)
+def _window_maker(_digest: str, hidden: _Hidden) -> WindowMaker:
+    """One tokenizer per process, however many tasks it runs."""
+    from ray_qa.engine import window_maker
+    from ray_qa.model import load_tokenizer
+
+    shared, options, trust_remote_code = hidden.value
+    tokenizer, longest = load_tokenizer(
+        os.fspath(model_transfer.local_directory(shared)), trust_remote_code=trust_remote_code
+    )
+    return window_maker(tokenizer, options, model_max_length=longest)
+
+
+class PredictionWorker:
+    """A pool worker of Ray Data: the engine, loaded once, called with one run or one prepared part at a time."""
+
+    def __init__(self, job: Job) -> None:
+        import torch
+
+        from ray_qa.engine import Engine
+        from ray_qa.model import load_model
+
+        torch.set_num_threads(job.threads)
+        self.job = job
+        self.index: CSVIndex = ray.get(job.index)
+        loaded = load_model(
+            model_transfer.local_directory(job.model), device=job.device, precision=job.precision,
+            trust_remote_code=job.trust_remote_code, allow_untrained_head=job.allow_untrained_head,
+        )
+        self.engine: Engine = Engine(loaded, job.options)
+        self.name = f"{ray.get_runtime_context().get_node_id()[:8]}-{os.getpid()}"
+
+    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[bytes]]]:
+        for part, table, windows in self._prepared(batch):
+            yield {"report": [cluster.pack(self._answer(part, table, windows))]}
+
+    def _prepared(self, batch: dict[str, Any]) -> Iterator[tuple[Part, pa.Table, Windows | None]]:
+        if reading.PARTS in batch:
+            for part, table in reading.read_run(self.index, batch, self.job.columns):
+                yield part, usable_rows(self.job, table), None
+            return
+        from ray_qa.windows import Windows
+
+        for part, rows, cell in zip(batch["part"], batch["rows"], batch["windows"], strict=True):
+            table, errors = cluster.unpack(cell)
+            windows = Windows.from_table(table)
+            windows.errors.update(errors)
+            yield cluster.unpack(part), _from_ipc(rows), windows
+
+    def _answer(self, part: Part, table: pa.Table, windows: Windows | None) -> PartReport:
+        job = self.job
+        started = time.time()
+        output = self.engine.answer(table, windows, with_loss=job.reducer is not None)
+        report = PartReport(
+            first_row=part.first_row, num_rows=part.num_rows,
+            num_errors=len(output.predictions) - output.predictions["error"].null_count,
+            num_windows=int(output.num_windows.sum()), started=started, finished=time.time(), worker=self.name,
+        )
+        if job.reducer is not None:
+            return dataclasses.replace(report, reduced=job.reducer(table, output), finished=time.time())
+        if job.folder is not None:
+            file = job.folder.publish_part(output.predictions, part.first_row, part.num_rows)
+            return dataclasses.replace(report, file=file, finished=time.time())
+        results.check_rows(output.predictions, part.first_row, part.num_rows)
+        return dataclasses.replace(report, answers=output.predictions)
+
+
+def usable_rows(job: Job, table: pa.Table) -> pa.Table:
+    """The rows that go through the engine: for evaluation those with usable labels, repaired; else all."""
+    if job.reducer is None:
+        return table
+    check = check_labels(table, handle_impossible_answer=job.options.handle_impossible_answer)
+    for name, values in ((schema.ANSWER_TEXT, check.answer_text), (schema.ANSWER_START, check.answer_start)):
+        table = table.set_column(table.column_names.index(name), name, pa.chunked_array([pa.array(values)]))
+    return table.filter(pa.array(check.usable))
+
+
+def _make_windows(job: Job, table: pa.Table, maker: WindowMaker) -> Windows:
+    from ray_qa.engine import make_windows
+
+    return make_windows(table, maker, with_labels=job.reducer is not None)
+
+
+def _to_ipc(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+def _from_ipc(data: bytes) -> pa.Table:
+    with pa.ipc.open_stream(data) as reader:
+        return reader.read_all()

@@ -1,0 +1,159 @@
+"""CSV files read on the cluster: indexed by Ray tasks, cut into parts, parts parsed by Ray Data.
+
+One row of the datasets here is one *run*: the numbers of a few neighbouring parts, which one task reads one
+after the other. No text passes through the driver, only the index and these numbers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+
+from ray_qa import cluster, storage
+from ray_qa.csv_index import CSVIndex, Part, index_csv, read_parts
+from ray_qa.storage import PathLike
+
+CSV_SUFFIXES = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".csv.bz2", ".tsv.bz2", ".csv.zst", ".tsv.zst")
+
+#: Runs that Ray Data schedules at most: beyond this, a task's fixed cost is shared by several parts.
+MAX_RUNS = 2_000
+#: Chunks below this number are scanned by the driver: a task would cost more than it saves.
+_FEW_CHUNKS = 2
+_CHUNKS_IN_FLIGHT_PER_CPU = 2
+
+PARTS = "parts"
+
+
+def index_input(
+    paths: PathLike | Sequence[PathLike], *, required_columns: Sequence[str], delimiter: str | None = None,
+    part_rows: int | None = None, storage_options: Mapping[str, object] | None = None,
+) -> CSVIndex:
+    """Find the files and index them, large ones in parallel.
+
+    Args:
+        paths: a file, a folder, a glob, or a list of these; local or a URI.
+
+    Raises:
+        InputError, CSVError: a file is missing or is not the CSV it should be.
+    """
+    locations = storage.expand(paths, suffixes=CSV_SUFFIXES, storage_options=storage_options)
+    return index_csv(
+        locations, required_columns=required_columns, delimiter=delimiter, part_rows=part_rows,
+        map_chunks=_map_on_cluster,
+    )
+
+
+def _map_on_cluster(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """``map`` whose calls run as Ray tasks, a bounded number at a time; results in order."""
+    items = list(items)
+    if len(items) <= _FEW_CHUNKS:
+        yield from map(function, items)
+        return
+    cluster.connect()
+    call = ray.remote(num_cpus=1)(function)
+    waiting = iter(items)
+    in_flight = int(sum(cluster.cpus_per_node())) * _CHUNKS_IN_FLIGHT_PER_CPU
+    pending = [call.remote(item) for item in itertools.islice(waiting, in_flight)]
+    while pending:
+        yield cluster.get(pending.pop(0))
+        pending += [call.remote(item) for item in itertools.islice(waiting, 1)]
+
+
+def part_runs(
+    index: CSVIndex, parts: Sequence[int] | None = None, *, cell_per_block: bool = False
+) -> ray.data.Dataset:
+    """A dataset with one row a run, in a block of its own; column ``parts``: list of part numbers.
+
+    ``parts`` (ascending) are the parts wanted, None means all. The parts of a compressed file stay in one run,
+    because it can only be read from its beginning. With ``cell_per_block`` each row of a later step is a block of its
+    own, for steps whose rows are whole parts; otherwise all parts of a run could end up with one worker.
+    """
+    cluster.connect()
+    wanted = np.arange(index.num_parts) if parts is None else np.asarray(parts, dtype=np.int64)
+    per_run = -(-len(wanted) // MAX_RUNS)
+    runs: list[list[int]] = []
+    last_file = -1
+    for number in wanted.tolist():
+        file = index.part(number).file
+        is_stream = index.files[file].compression is not None
+        if file != last_file or (len(runs[-1]) >= per_run and not is_stream):
+            runs.append([])
+        runs[-1].append(number)
+        last_file = file
+    column = pa.list_(pa.int64())
+    blocks = [pa.table({PARTS: pa.array([run], type=column)}) for run in runs]
+    context = ray.data.DataContext.get_current()
+    usual = context.target_max_block_size
+    context.target_max_block_size = 1 if cell_per_block else usual
+    try:
+        return ray.data.from_blocks(blocks)  # which keeps a copy of the context
+    finally:
+        context.target_max_block_size = usual
+
+
+def read_run(
+    index: CSVIndex, batch: Mapping[str, Any], columns: Sequence[str] | None = None
+) -> Iterator[tuple[Part, pa.Table]]:
+    """The parts that one row of `part_runs` names, each with its table (see `csv_index.read_part`)."""
+    (numbers,) = batch[PARTS]
+    parts = (index.part(int(number)) for number in numbers)
+    for file, group in itertools.groupby(parts, key=lambda part: part.file):
+        yield from read_parts(index.files[file], group, columns)
+
+
+def read_csv(
+    paths: PathLike | Sequence[PathLike], *, delimiter: str | None = None, columns: Sequence[str] | None = None,
+    storage_options: Mapping[str, object] | None = None,
+) -> ray.data.Dataset:
+    """Any CSV as a Ray dataset: ``row_index`` (int64), then every column as strings.
+
+    ``row_index`` is the record's exact 0-based position over all files, whatever the number of workers. The
+    files are indexed at once (one pass over their bytes), and parsed in parallel when the dataset is consumed.
+
+    Args:
+        paths: a file, a folder, a glob, or a list of these; local or a URI; gzip, bz2 and zstd too.
+        delimiter: "," or ";" or "tab"; None takes it from each header.
+        columns: those to read; None reads all.
+
+    Raises:
+        InputError, CSVError: a file is missing, or not a CSV that can be read without doubt.
+    """
+    cluster.connect()
+    index = index_input(
+        paths, required_columns=columns or (), delimiter=delimiter, storage_options=storage_options
+    )
+    reader = partial(_read_tables, ray.put(index), None if columns is None else list(columns))
+    return part_runs(index).map_batches(reader, batch_size=1, batch_format="numpy")
+
+
+def _read_tables(
+    index: ray.ObjectRef[CSVIndex], columns: list[str] | None, batch: dict[str, Any]
+) -> Iterator[pa.Table]:
+    for _, table in read_run(ray.get(index), batch, columns):
+        yield table
+
+
+def map_parts(
+    function: Callable[[pa.Table], Any], index: CSVIndex, *, columns: Sequence[str]
+) -> Iterable[Any]:
+    """``function(table of a part)`` for every part on the cluster's CPUs; results as they come, in no order."""
+    cluster.connect()
+    mapper = partial(_call_on_parts, ray.put(index), list(columns), function)
+    results = part_runs(index).map_batches(mapper, batch_size=1, batch_format="numpy")
+    for batch in cluster.batches(results):
+        for cell in batch["result"]:
+            yield cluster.unpack(cell)
+
+
+def _call_on_parts(
+    index: ray.ObjectRef[CSVIndex], columns: list[str], function: Callable[[pa.Table], Any], batch: dict[str, Any]
+) -> Iterator[dict[str, list[bytes]]]:
+    for _, table in read_run(ray.get(index), batch, columns):
+        yield {"result": [cluster.pack(function(table))]}

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import csv
+import gzip
+import os
+from pathlib import Path
+
+import pytest
+
+from ray_qa import cluster, reading
+from ray_qa.errors import CSVError, InputError, WorkError
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def write(path: Path, rows: list[list[str]], header: tuple[str, ...] = ("context", "question")) -> Path:
+    with open(path, "w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([header, *rows])
+    return path
+
+
+def test_read_csv_gives_every_row_its_position(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.csv", [[f"line one\nline two, {i}", f"who is {i}?"] for i in range(600)])
+    rest = write(tmp_path / "b.csv", [[f'he said "{i}"', "null"] for i in range(600, 900)])
+    (tmp_path / "b.csv.gz").write_bytes(gzip.compress(rest.read_bytes()))
+    rows = sorted(reading.read_csv([first, tmp_path / "b.csv.gz"]).take_all(), key=lambda row: row["row_index"])
+    assert [row["row_index"] for row in rows] == list(range(900))
+    assert rows[0] == {"row_index": 0, "context": "line one\nline two, 0", "question": "who is 0?"}
+    assert rows[899] == {"row_index": 899, "context": 'he said "899"', "question": "null"}
+
+
+def test_every_part_is_in_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "MAX_RUNS", 3)
+    path = write(tmp_path / "a.csv", [["c", "q"]] * 2000)
+    zipped = tmp_path / "z.csv.gz"
+    zipped.write_bytes(gzip.compress(path.read_bytes()))
+    index = reading.index_input([path, zipped], required_columns=["context"], part_rows=300)
+    files = [part.file for part in index.parts()]
+    runs = [list(row["parts"]) for row in reading.part_runs(index).take_all()]
+    assert sorted(number for run in runs for number in run) == list(range(index.num_parts))
+    assert all(len({files[number] for number in run}) == 1 for run in runs)
+    assert [number for number, file in enumerate(files) if file == 1] in runs  # a compressed file stays whole
+    some = [list(row["parts"]) for row in reading.part_runs(index, [1, 3]).take_all()]
+    assert sorted(some) == [[1], [3]]
+
+
+def test_map_parts_covers_all_rows(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", [[f"c{i}", "q"] for i in range(1000)])
+    index = reading.index_input(path, required_columns=["context"])
+    found = reading.map_parts(lambda table: (table["row_index"][0].as_py(), len(table)), index, columns=["context"])
+    assert sorted(found) == [(0, 256), (256, 256), (512, 256), (768, 232)]
+
+
+def test_chunks_of_a_large_file_are_scanned_by_tasks() -> None:
+    found = list(reading._map_on_cluster(lambda item: (item, os.getpid()), range(9)))
+    assert [item for item, _ in found] == list(range(9))
+    assert os.getpid() not in {process for _, process in found}
+
+
+def test_errors_of_workers_arrive_as_themselves(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", [["c", "q"]])
+    index = reading.index_input(path, required_columns=["context"])
+    path.write_bytes(path.read_bytes().replace(b"c,q", b"c\xffq"))
+    with pytest.raises(CSVError, match=r"a\.csv"):
+        list(reading.map_parts(len, index, columns=["context"]))
+    with pytest.raises(WorkError, match="division by zero"):
+        list(cluster.batches(reading.part_runs(index).map_batches(lambda _: 1 / 0, batch_size=1)))
+
+
+def test_missing_file_and_column(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.csv: no such file"):
+        reading.read_csv(tmp_path / "none.csv")
+    path = write(tmp_path / "a.csv", [["c", "q"]])
+    with pytest.raises(CSVError, match=r"lacks the column answer_text.*found 'context, question'"):
+        reading.index_input(path, required_columns=["context", "answer_text"])
