@@ -1,0 +1,322 @@
+"""Labelled rows become feature shards, once, on Ray Data.
+
+    parts -> rows -> label check -> windows -> Arrow files
+
+One part of the input gives one shard: ``shard-<first row>.arrow``, an Arrow IPC *stream* of one record batch
+with the columns of `windows.WINDOWS`, ``row_index`` (in the input) and ``length`` (tokens), which
+`datasets.Dataset.from_file` opens memory-mapped. The folder's name is a hash of everything that its content
+depends on (the input's bytes, tokenizer, options); ``_manifest.json``, written last, says that it is complete.
+So the same input is never tokenized twice, a killed run goes on with the shards it lacks, and different inputs
+never mix.
+
+Knows nothing of models, steps or workers of a training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from ray_qa import cluster, schema
+from ray_qa.csv_index import CSVIndex
+from ray_qa.errors import BadRowsError, InputError, WorkError
+from ray_qa.labels import BadRow, LabelReport, check_labels
+from ray_qa.options import QATrainArgs, allowance
+from ray_qa.reading import map_parts
+from ray_qa.storage import Location
+from ray_qa.windows import PairTemplate, WindowMaker, Windows
+
+logger = logging.getLogger("ray_qa")
+
+FORMAT = 1
+MANIFEST = "_manifest.json"
+Facts = dict[str, Any]
+_FACTS = b"ray_qa.facts"
+_NAMED_ROWS = 10
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One feature file and what it was made of."""
+
+    name: str
+    first_row: int
+    num_rows: int
+    num_windows: int
+    num_tokens: int
+    num_bytes: int
+
+
+@dataclass
+class PreparationReport:
+    """What became of the rows: labels checked and repaired, and rows that cannot be cut into windows."""
+
+    labels: LabelReport = dataclasses.field(default_factory=LabelReport)
+    num_without_windows: int = 0
+    without_windows: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+    """The first of them: row_index and reason."""
+
+    @property
+    def num_bad(self) -> int:
+        return self.labels.num_bad + self.num_without_windows
+
+    def merge(self, other: PreparationReport) -> None:
+        self.labels.merge(other.labels)
+        self.num_without_windows += other.num_without_windows
+        self.without_windows = sorted(self.without_windows + other.without_windows)[:_NAMED_ROWS]
+
+    def describe(self, index: CSVIndex) -> str:
+        told = self.labels.num_bad or self.labels.num_repaired
+        lines = [self.labels.describe(index.locate_row)] if told else []
+        if self.num_without_windows:
+            lines.append(f"{self.num_without_windows:,} rows cannot be cut into windows")
+            for row, why in self.without_windows:
+                file, record = index.locate_row(row)
+                lines.append(f"  {file}, record {record}: {why}")
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "counts": dict(self.labels.counts),
+            "first_bad_rows": [list(row) for row in self.labels.first_bad_rows],
+            "num_without_windows": self.num_without_windows,
+            "without_windows": [list(row) for row in self.without_windows],
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> PreparationReport:
+        report = cls(
+            num_without_windows=value["num_without_windows"],
+            without_windows=[(row, why) for row, why in value["without_windows"]],
+        )
+        report.labels.counts.update(value["counts"])
+        report.labels.first_bad_rows = [BadRow(*row) for row in value["first_bad_rows"]]
+        return report
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The windows of a training input, ready to be opened by any worker."""
+
+    folder: Location
+    key: str
+    template: PairTemplate
+    max_seq_length: int
+    doc_stride: int
+    shards: tuple[Shard, ...]
+    report: PreparationReport
+    reused: bool
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the input."""
+        return sum(shard.num_rows for shard in self.shards)
+
+    @property
+    def num_used_rows(self) -> int:
+        """Rows that have windows."""
+        return self.num_rows - self.report.num_bad
+
+    @property
+    def num_windows(self) -> int:
+        return sum(shard.num_windows for shard in self.shards)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(shard.num_tokens for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a task needs besides its rows; travels through the object store once per node."""
+
+    maker: WindowMaker
+    folder: Location
+    key: str
+    handle_impossible_answer: bool
+    skip_bad_parts: bool
+
+
+def prepare(index: CSVIndex, maker: WindowMaker, args: QATrainArgs, home: Location) -> Prepared:
+    """Make the feature shards of ``index``, or find those of an earlier run.
+
+    Args:
+        index: the input, with the columns of `schema.TRAIN_COLUMNS`.
+        maker: the tokenizer and the window lengths.
+        args: of these, what labels and bad rows may be.
+        home: the folder under which shards are kept; every node must see it.
+
+    Raises:
+        BadRowsError: more rows are unusable than ``args.max_bad_rows`` allows; nothing is kept then.
+        InputError: the input has no rows.
+    """
+    if index.num_rows == 0:
+        files = ", ".join(file.location.uri for file in index.files)
+        raise InputError(f"{files}: there is no row to train on, only a header; allowed: at least one row")
+    key = content_key(index, maker, args)
+    folder = home / key
+    prepared = _published(folder, key, maker)
+    if prepared is None:
+        prepared = _prepare(index, maker, args, folder, key)
+    try:
+        _refuse_bad_rows(prepared.report, index, args)
+    except BadRowsError:
+        folder.filesystem.delete_dir(folder.path)
+        raise
+    return prepared
+
+
+def content_key(index: CSVIndex, maker: WindowMaker, args: QATrainArgs) -> str:
+    """A hash of all that decides the content of the shards: equal keys mean equal shards."""
+    backend = maker.tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    parts = [
+        str(FORMAT), index.digest, str(index.num_parts), backend.to_str(), repr(maker.template),
+        str(maker.max_seq_length), str(maker.doc_stride), str(args.handle_impossible_answer),
+        str(args.max_bad_rows == 0),
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _published(folder: Location, key: str, maker: WindowMaker) -> Prepared | None:
+    """What a finished preparation left, if every shard is there in full."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes().to_pybytes())
+    except FileNotFoundError:
+        return None
+    shards = tuple(Shard(**shard) for shard in manifest["shards"])
+    sizes = {info.base_name: info.size for info in folder.list()}
+    if any(sizes.get(shard.name) != shard.num_bytes for shard in shards):
+        return None
+    report = PreparationReport.from_json(manifest["report"])
+    return Prepared(
+        folder, key, maker.template, maker.max_seq_length, maker.doc_stride, shards, report, reused=True
+    )
+
+
+def _prepare(index: CSVIndex, maker: WindowMaker, args: QATrainArgs, folder: Location, key: str) -> Prepared:
+    folder.make_folder()
+    cluster.connect()
+    plan = _Plan(maker, folder, key, args.handle_impossible_answer, args.max_bad_rows == 0)
+    function = partial(_make_shard_in_task, key, [ray.put(plan)])
+    shards, report = [], PreparationReport()
+    for facts, num_bytes in map_parts(function, index, columns=schema.TRAIN_COLUMNS):
+        shards.append(Shard(**facts["shard"], num_bytes=num_bytes))
+        report.merge(PreparationReport.from_json(facts["report"]))
+    shards.sort(key=lambda shard: shard.first_row)
+    _check_accounting(shards, index)
+    manifest = {
+        "format": FORMAT, "key": key, "input": index.digest, "num_rows": index.num_rows,
+        "shards": [dataclasses.asdict(shard) for shard in shards], "report": report.to_json(),
+    }
+    (folder / MANIFEST).publish(json.dumps(manifest, ensure_ascii=False).encode())
+    return Prepared(
+        folder, key, maker.template, maker.max_seq_length, maker.doc_stride, tuple(shards), report,
+        reused=False,
+    )
+
+
+def _check_accounting(shards: Sequence[Shard], index: CSVIndex) -> None:
+    """Every row went into exactly one shard."""
+    expected = 0
+    for shard in shards:
+        if shard.first_row != expected:
+            raise WorkError(
+                f"preparation: a shard begins at row {shard.first_row} where row {expected} was to come; "
+                "this is a fault of ray_qa or of the storage"
+            )
+        expected += shard.num_rows
+    if expected != index.num_rows:
+        raise WorkError(f"preparation: the shards hold {expected} of {index.num_rows} rows")
+
+
+def _refuse_bad_rows(report: PreparationReport, index: CSVIndex, args: QATrainArgs) -> None:
+    allowed = allowance(args.max_bad_rows, index.num_rows)
+    if report.num_bad > allowed:
+        raise BadRowsError(
+            f"{report.describe(index)}\nallowed by max_bad_rows={args.max_bad_rows:g}: {allowed:,}; "
+            "mend the rows, or allow more to leave them out"
+        )
+    if report.num_bad == index.num_rows:
+        raise BadRowsError(f"{report.describe(index)}\nno row is left to train on")
+    if report.num_bad or report.labels.num_repaired:
+        logger.warning("%s", report.describe(index))
+
+
+# --- in the tasks -----------------------------------------------------------------------------------
+
+_plans: dict[str, _Plan] = {}
+
+
+def _make_shard_in_task(key: str, plan: list[ray.ObjectRef[_Plan]], table: pa.Table) -> tuple[Facts, int]:
+    """`make_shard`; a process unpacks the tokenizer once, not once per part."""
+    if key not in _plans:
+        _plans.clear()
+        _plans[key] = ray.get(plan[0])
+    return make_shard(_plans[key], table)
+
+
+def make_shard(plan: _Plan, table: pa.Table) -> tuple[Facts, int]:
+    """Publish the shard of one part, unless it is there already; gives its facts and its size in bytes.
+
+    ``table`` holds the part's rows: row_index and `schema.TRAIN_COLUMNS`.
+    """
+    first_row = table.column(schema.ROW_INDEX)[0].as_py()
+    target = plan.folder / f"shard-{first_row:012d}.arrow"
+    found = _read_facts(target, plan.key)
+    if found is not None:
+        return found
+    check = check_labels(table, handle_impossible_answer=plan.handle_impossible_answer)
+    report = PreparationReport(LabelReport().add(check, table))
+    usable = np.flatnonzero(check.usable)
+    if plan.skip_bad_parts and len(usable) < len(table):
+        usable = usable[:0]  # The input will be refused: only the totals matter any more.
+    chosen = table.take(pa.array(usable))
+    made = plan.maker.make(
+        chosen.column(schema.CONTEXT).to_pylist(), chosen.column(schema.QUESTION).to_pylist(),
+        answer_starts=check.answer_start[usable],
+        answer_texts=[check.answer_text[row] for row in usable.tolist()],
+    ).for_rows(usable)
+    report.num_without_windows = len(made.errors)
+    report.without_windows = sorted((first_row + row, why) for row, why in made.errors.items())[:_NAMED_ROWS]
+    shard = {
+        "name": target.name, "first_row": first_row, "num_rows": len(table),
+        "num_windows": made.num_windows, "num_tokens": int(made.lengths.sum()),
+    }
+    facts: Facts = {"key": plan.key, "shard": shard, "report": report.to_json()}
+    data = _shard_bytes(made, first_row, facts)
+    target.publish(data)
+    return facts, data.size
+
+
+def _shard_bytes(made: Windows, first_row: int, facts: Facts) -> pa.Buffer:
+    table = made.to_table().replace_schema_metadata({_FACTS: json.dumps(facts, ensure_ascii=False).encode()})
+    for name, values in ((schema.ROW_INDEX, first_row + made.row.astype(np.int64)), ("length", made.lengths)):
+        column = pa.array(values)
+        table = table.append_column(pa.field(name, column.type, nullable=False), column)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        # One record batch, so that a column can be viewed without a copy.
+        writer.write_table(table.combine_chunks())
+    return sink.getvalue()
+
+
+def _read_facts(target: Location, key: str) -> tuple[Facts, int] | None:
+    """Facts and size of a shard that an earlier attempt published."""
+    info = target.info()
+    if not info.is_file:
+        return None
+    with target.open_stream() as stream, pa.ipc.open_stream(stream) as reader:
+        facts = json.loads((reader.schema.metadata or {}).get(_FACTS, b"{}"))
+    return (facts, info.size) if facts.get("key") == key else None
