@@ -1,0 +1,244 @@
+"""The jobs as commands: ``ray-qa train``, ``ray-qa eval``, ``ray-qa test``.
+
+Flags are built from the option dataclasses. Log lines go to stderr, the first of them says what was chosen; the
+last line on stdout is one JSON object that says what was done. Exit codes are those of `ray_qa.errors`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from ray_qa.errors import ErrorRowsError, OptionError, RayQAError, WorkError
+from ray_qa.options import QAEvalArgs, QATestArgs, QATrainArgs
+from ray_qa.storage import locate
+
+if TYPE_CHECKING:
+    from ray.train import ScalingConfig
+
+    from ray_qa.model import ModelSource
+
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Common:
+    input: tuple[str, ...]
+    """CSV files, folders or globs; local paths or URIs such as s3://bucket/rows.csv."""
+
+    model: str
+    """A name on the Hugging Face Hub, or a folder with config.json, tokenizer.json and *.safetensors.
+    A hub token is taken from the environment variable HF_TOKEN."""
+
+    revision: str | None = None
+    """Branch, tag or commit of the model on the hub."""
+
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+    num_workers: int | None = None
+    """Workers. Without any of these three flags: one per GPU of the cluster, else what its CPUs allow."""
+
+    use_gpu: bool = False
+    """Give each worker a GPU."""
+
+    cpus_per_worker: int | None = None
+    """CPUs of each worker."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob(_Common):
+    """Fine-tune a model on CSV rows (context, question, answer_text, answer_start)."""
+
+    output: str
+    """Folder that becomes the tuned model. The same command again says that it is finished."""
+
+    eval_input: tuple[str, ...] = ()
+    """CSV files to evaluate the tuned model on."""
+
+    options: Annotated[QATrainArgs, tyro.conf.arg(name="")] = dataclasses.field(default_factory=QATrainArgs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalJob(_Common):
+    """Loss, exact match and F1 of a model on CSV rows (context, question, answer_text, answer_start)."""
+
+    output: str | None = None
+    """Folder for eval.json."""
+
+    allow_untrained_head: bool = False
+    """Accept an encoder without a question-answering head; its answers are random."""
+
+    options: Annotated[QAEvalArgs, tyro.conf.arg(name="")] = dataclasses.field(default_factory=QAEvalArgs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestJob(_Common):
+    """Answer CSV rows (context, question) into Parquet files in CSV order."""
+
+    output: str
+    """Folder for part-*.parquet and _manifest.json. The same command on an unfinished folder goes on with it."""
+
+    overwrite: bool = False
+    """Throw away another run's output in that folder."""
+
+    allow_untrained_head: bool = False
+    """Accept an encoder without a question-answering head; its answers are random."""
+
+    options: Annotated[QATestArgs, tyro.conf.arg(name="")] = dataclasses.field(default_factory=QATestArgs)
+
+
+def _train(job: TrainJob) -> dict[str, Any]:
+    from ray_qa.training import train
+
+    result = train(
+        job.input, model=_model(job), args=job.options, output=job.output, scaling=_scaling(job),
+        eval_paths=job.eval_input or None, trust_remote_code=job.trust_remote_code,
+    )
+    done = result.to_json()
+    done.pop("history", None)
+    if job.eval_input:
+        done["eval"] = _evaluation(dataclasses.replace(
+            _eval_job_after(job), model=result.model_directory
+        ))
+    return done
+
+
+def _eval_job_after(job: TrainJob) -> EvalJob:
+    shared = {field.name: getattr(job, field.name) for field in dataclasses.fields(_Common)}
+    shared |= {"input": job.eval_input, "revision": None}
+    names = {field.name for field in dataclasses.fields(QAEvalArgs)} - {"precision", "tokens_per_batch"}
+    options = {k: v for k, v in dataclasses.asdict(job.options).items() if k in names}
+    return EvalJob(**shared, options=QAEvalArgs(**options))
+
+
+def _eval(job: EvalJob) -> dict[str, Any]:
+    location = None if job.output is None else locate(job.output)
+    if location is not None:
+        location.make_folder()
+    done = _evaluation(job)
+    if location is not None:
+        (location / "eval.json").publish(_json(done).encode())
+        done["output"] = location.uri
+    return done
+
+
+def _evaluation(job: EvalJob) -> dict[str, Any]:
+    from ray_qa.evaluation import evaluate
+
+    done = evaluate(
+        job.input, model=_model(job), args=job.options, scaling=_scaling(job),
+        trust_remote_code=job.trust_remote_code, allow_untrained_head=job.allow_untrained_head,
+    )
+    return dataclasses.asdict(done.result) | {
+        "model": job.model, "precision": done.precision, "num_workers": done.workers.num_workers,
+        "device": done.workers.device, "rows_per_second": round(done.statistics.rows_per_second, 2),
+    }
+
+
+def _test(job: TestJob) -> dict[str, Any]:
+    from ray_qa.prediction import predict
+
+    done = predict(
+        job.input, model=_model(job), args=job.options, output_path=job.output, scaling=_scaling(job),
+        overwrite=job.overwrite, trust_remote_code=job.trust_remote_code,
+        allow_untrained_head=job.allow_untrained_head,
+    )
+    summary = {
+        "num_rows": done.num_rows, "num_errors": done.num_errors, "num_parts": done.num_parts,
+        "num_resumed_rows": done.num_resumed_rows, "model": job.model, "precision": done.precision,
+        "num_workers": done.workers.num_workers, "device": done.workers.device,
+        "rows_per_second": round(done.statistics.rows_per_second, 2), "output": done.output_path,
+    }
+    if done.too_many_errors:
+        raise _Finished(summary, ErrorRowsError(
+            f"{done.num_errors} of {done.num_rows} rows have an error instead of an answer, more than "
+            f"max_error_rows={job.options.max_error_rows:g} allows; everything was written to {done.output_path}, "
+            "the column error says why"
+        ))
+    return summary
+
+
+class _Finished(Exception):
+    """Carries a job's summary along with the error that it ends in."""
+
+    def __init__(self, summary: dict[str, Any], error: RayQAError) -> None:
+        super().__init__(str(error))
+        self.summary, self.error = summary, error
+
+
+def _model(job: _Common) -> ModelSource:
+    from ray_qa.model import resolve_model
+
+    # The functions refuse an untrained head themselves, where they must.
+    return resolve_model(
+        job.model, revision=job.revision, trust_remote_code=job.trust_remote_code, allow_untrained_head=True
+    )
+
+
+def _scaling(job: _Common) -> ScalingConfig | None:
+    from ray_qa import cluster
+
+    return cluster.scaling_of(job.num_workers, use_gpu=job.use_gpu, cpus_per_worker=job.cpus_per_worker)
+
+
+_JOBS: dict[type, tuple[str, Callable[[Any], dict[str, Any]]]] = {
+    TrainJob: ("train", _train), EvalJob: ("eval", _eval), TestJob: ("test", _test),
+}
+_Job = (
+    Annotated[TrainJob, tyro.conf.subcommand("train")]
+    | Annotated[EvalJob, tyro.conf.subcommand("eval")]
+    | Annotated[TestJob, tyro.conf.subcommand("test")]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one job; returns its exit code."""
+    started = time.monotonic()
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        job = tyro.cli(
+            _Job,  # type: ignore[arg-type]
+            args=arguments, prog="ray-qa", description="Extractive question answering over CSV files, on Ray.",
+        )
+    except OptionError as error:
+        print(f"ray-qa: {error}", file=sys.stderr)
+        return error.exit_code
+    name, run = _JOBS[type(job)]
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("ray_qa").setLevel(logging.INFO)
+    failure: RayQAError | None = None
+    summary: dict[str, Any] = {}
+    try:
+        summary = run(job)
+    except _Finished as finished:
+        summary, failure = finished.summary, finished.error
+    except RayQAError as error:
+        failure = error
+    except KeyboardInterrupt:
+        failure = WorkError("interrupted")
+    result = {"job": name, "status": "done" if failure is None else "failed", **summary}
+    if failure is not None:
+        print(f"ray-qa {name}: {failure}", file=sys.stderr, flush=True)
+        result["error"] = str(failure)
+    result["seconds"] = round(time.monotonic() - started, 2)
+    print(_json(result), flush=True)
+    return 0 if failure is None else failure.exit_code
+
+
+def _json(value: dict[str, Any]) -> str:
+    """One line; a figure that is not a number becomes null, which every JSON reader takes."""
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in value.items()}
+    return json.dumps(clean, ensure_ascii=False)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

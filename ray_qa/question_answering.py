@@ -1,0 +1,163 @@
+"""`HappyQuestionAnswering`: the three documented calls, as a thin face over training, evaluation and prediction."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from ray_qa import engine, evaluation, prediction, results, schema, training
+from ray_qa.errors import InputError, OptionError
+from ray_qa.evaluation import EvalResult
+from ray_qa.model import ModelSource, as_source, load_model, resolve_model
+from ray_qa.options import ARGS_QA_TRAIN, QAEvalArgs, QATestArgs, QATrainArgs
+from ray_qa.schema import QuestionAnsweringResult
+from ray_qa.storage import PathLike, locate
+
+if TYPE_CHECKING:
+    from ray.train import ScalingConfig
+
+logger = logging.getLogger("ray_qa")
+
+
+class HappyQuestionAnswering:
+    """Extractive question answering with one model that can be trained, evaluated and asked.
+
+    Args:
+        model_type: the model's family, such as "DISTILBERT"; kept for programs written for Happy Transformer,
+            the model's own configuration decides.
+        model_name: a name on the Hugging Face Hub, or a folder.
+        load_path: a folder that `save` or a training wrote; takes the place of ``model_name``.
+        use_auth_token, token: hub token; never logged, never stored.
+        trust_remote_code: run Python code that comes with the model.
+        revision: branch, tag or commit on the hub.
+        scaling: the workers to use; None takes the GPUs that the cluster has, else its CPUs.
+
+    Raises:
+        ModelError: the model is unknown, out of reach, or not safe to load.
+    """
+
+    def __init__(
+        self, model_type: str = "DISTILBERT", model_name: str = "distilbert-base-cased-distilled-squad",
+        load_path: str = "", use_auth_token: str | bool | None = None, trust_remote_code: bool = False, *,
+        token: str | bool | None = None, revision: str | None = None, scaling: ScalingConfig | None = None,
+    ) -> None:
+        if token is not None and use_auth_token is not None and token != use_auth_token:
+            raise OptionError("token and use_auth_token are two names of one option and differ; give one of them")
+        self.model_type = model_type
+        self.model_name = model_name
+        self.scaling = scaling
+        self._trust_remote_code = trust_remote_code
+        # A head may be missing here: training makes one, eval and test refuse.
+        self._source = resolve_model(
+            load_path or model_name, revision=revision, token=use_auth_token if token is None else token,
+            trust_remote_code=trust_remote_code, allow_untrained_head=True,
+        )
+        self._engine: tuple[object, engine.Engine] | None = None
+
+    def __repr__(self) -> str:
+        return f"HappyQuestionAnswering({self._source.name!r})"
+
+    def train(
+        self, input_filepath: PathLike | Sequence[PathLike], args: QATrainArgs | Mapping[str, Any] = ARGS_QA_TRAIN,
+        eval_filepath: PathLike | Sequence[PathLike] = "",
+    ) -> None:
+        """Fine-tune the model on CSV files with the columns context, question, answer_text, answer_start.
+
+        From here on the object uses the tuned model; another call trains on. ``args`` is a dictionary or
+        `QATrainArgs`; what a dictionary leaves out keeps its default.
+
+        Raises:
+            BadRowsError: rows whose answer does not stand at answer_start; lists the first ten.
+            OptionError, InputError, CSVError: before any work is done.
+        """
+        result = training.train(
+            input_filepath, model=self._source, args=QATrainArgs.of(args), scaling=self.scaling,
+            eval_paths=eval_filepath or None, trust_remote_code=self._trust_remote_code,
+        )
+        self._source = resolve_model(result.model_directory, trust_remote_code=self._trust_remote_code)
+        self._engine = None
+        # Without an output folder the tuned model is this object's own and goes with it; `save` keeps a copy.
+        weakref.finalize(self, shutil.rmtree, result.model_directory, ignore_errors=True)
+
+    def eval(
+        self, input_filepath: PathLike | Sequence[PathLike], args: QAEvalArgs | Mapping[str, Any] | None = None
+    ) -> EvalResult:
+        """Loss, exact match and F1 on CSV files with the columns context, question, answer_text, answer_start.
+
+        Raises:
+            BadRowsError: rows whose answer does not stand at answer_start; lists the first ten.
+            ModelError: the model has no trained question-answering head.
+            OptionError, InputError, CSVError: before any work is done.
+        """
+        return evaluation.evaluate(
+            input_filepath, model=self._source, args=args, scaling=self.scaling,
+            trust_remote_code=self._trust_remote_code,
+        ).result
+
+    def test(
+        self, input_filepath: PathLike | Sequence[PathLike], args: QATestArgs | Mapping[str, Any] | None = None,
+        output_path: PathLike | None = None,
+    ) -> Sequence[QuestionAnsweringResult]:
+        """Answer every row of CSV files with the columns context and question, in CSV order.
+
+        Without ``output_path`` a list of named tuples (answer, score, start, end). With it, Parquet files in that
+        folder, and a lazy sequence of the same named tuples over them. A row that cannot be
+        answered has the answer "" and says why in the Parquet column ``error``.
+
+        Raises:
+            ModelError: the model has no trained question-answering head.
+            OptionError, InputError, CSVError, OutputError: before any work is done.
+        """
+        done = prediction.predict(
+            input_filepath, model=self._source, args=args, output_path=output_path, scaling=self.scaling,
+            trust_remote_code=self._trust_remote_code,
+        )
+        if done.too_many_errors:
+            logger.warning("%d of %d rows could not be answered", done.num_errors, done.num_rows)
+        return done.answers
+
+    def answer_question(
+        self, context: str, question: str, top_k: int = 1, args: QATestArgs | Mapping[str, Any] | None = None
+    ) -> list[QuestionAnsweringResult]:
+        """The best answers to one question, at most ``top_k``, in this process and without Ray.
+
+        Raises:
+            InputError: the question cannot be answered (blank, or longer than a window).
+            ModelError: the model has no trained question-answering head.
+        """
+        table = pa.table({
+            schema.ROW_INDEX: pa.array([0], pa.int64()), schema.CONTEXT: [context], schema.QUESTION: [question],
+        })
+        found = self._local_engine(QATestArgs.of(args)).answer(table, top_k=top_k).predictions
+        error = found["error"][0].as_py()
+        if error is not None:
+            raise InputError(f"the question {question[:80]!r} cannot be answered: {error}")
+        return results.to_results(found)
+
+    def save(self, path: PathLike) -> None:
+        """Write the model as a folder that this class and transformers' ``from_pretrained`` open.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        target = locate(path)
+        target.make_folder()
+        # config.json goes last: a folder without it is no model.
+        files = [file for file in Path(self._source.directory).iterdir() if file.is_file()]
+        for file in sorted(files, key=lambda file: (file.name == "config.json", file.name)):
+            (target / file.name).publish(pa.memory_map(os.fspath(file)).read_buffer())
+
+    def _local_engine(self, args: QATestArgs) -> engine.Engine:
+        source: ModelSource = as_source(self._source)
+        key = (source.digest, args)
+        if self._engine is None or self._engine[0] != key:
+            loaded = load_model(source.directory, precision=args.precision, trust_remote_code=self._trust_remote_code)
+            self._engine = (key, engine.Engine(loaded, args))
+        return self._engine[1]

@@ -1,0 +1,113 @@
+"""The commands as a shell sees them: exit codes, first and last lines, and what stands in the folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from ray_qa import cli
+from tests.conftest import REPOSITORY
+
+GOOD = "context,question,answer_text,answer_start\nAnn has 3 keys.,who has 3 keys?,Ann,0\n"
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict[str, object], str]:
+    code = cli.main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return code, json.loads(out.splitlines()[-1]), err
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_test_writes_parquet_and_one_json_line(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("context,question\nAnn has 3 keys.,who has 3 keys?\nAnn has 3 keys., \n")
+    arguments = ("test", "--input", rows, "--model", tiny_model, "--output", tmp_path / "out")
+    code, result, err = run(capsys, *arguments)
+    assert code == 3 and result["status"] == "failed" and "max_error_rows" in str(result["error"])
+    assert (result["num_rows"], result["num_errors"], result["output"]) == (2, 1, str(tmp_path / "out"))
+    assert pq.read_table(tmp_path / "out")["row_index"].to_pylist() == [0, 1]
+    code, result, err = run(capsys, *arguments, "--max-error-rows", "1")
+    assert code == 0 and result["status"] == "done" and result["num_resumed_rows"] == 2
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_what_users_get_wrong(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each mistake: exit code 2, nothing written, and the file, row, column, what was found and what is allowed."""
+    def csv_file(name: str, content: str | bytes) -> Path:
+        path = tmp_path / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    header = "context,question,answer_text,answer_start\n"
+    (tmp_path / "file").write_text("in the way")
+    good = csv_file("good.csv", GOOD)
+    cases = [
+        ("eval", tmp_path / "none.csv", ["none.csv", "no such file"]),
+        ("eval", csv_file("column.csv", "context,question\na,b\n"),
+         ["column.csv", "answer_text, answer_start", "needed"]),
+        ("eval", csv_file("empty.csv", ""), ["empty.csv", "empty", "needed"]),
+        ("eval", csv_file("latin.csv", header.encode() + "Zoë,who?,Zoë,0\n".encode("latin-1")),
+         ["latin.csv, record 0, byte", "UTF-8"]),
+        ("eval", csv_file("start.csv", GOOD + "Ann has 3 keys.,who?,Ann,first\n"),
+         ["start.csv, record 1, column answer_start", "'first'", "number"]),
+        ("eval", csv_file("absent.csv", GOOD + "Ann has 3 keys.,who?,Bob,0\n"),
+         ["absent.csv, record 1, column answer_text", "'Bob'"]),
+        ("train", csv_file("blank.csv", GOOD + "Ann has 3 keys., ,Ann,0\n"),
+         ["blank.csv, record 1, column question", "' '"]),
+        ("train", csv_file("none-left.csv", header), ["none-left.csv", "header"]),
+        ("test", good, ["file", "cannot be used as an output folder"]),
+    ]
+    before = {path.name for path in tmp_path.iterdir()}
+    for job, path, expected in cases:
+        output = tmp_path / "file" / "out" if job == "test" else tmp_path / f"out-{path.stem}"
+        code, result, err = run(capsys, job, "--input", path, "--model", tiny_model, "--output", output)
+        assert code == 2, (path.name, err)
+        for text in expected:
+            assert text in str(result["error"]) and text in err, (path.name, text, result["error"])
+        written = [file for file in output.rglob("*") if file.is_file()] if output.exists() else []
+        assert not written, (path.name, written)
+    assert {path.name for path in tmp_path.iterdir()} - {f"out-{path.stem}" for _, path, _ in cases} == before
+
+
+def test_options_are_checked_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["test", "--input", "a.csv", "--model", "m"])
+    assert caught.value.code == 2 and "--output" in capsys.readouterr().err
+    assert cli.main(["train", "--input", "a", "--model", "m", "--output", "o", "--learning-rate", "-1"]) == 2
+    assert "learning_rate is -1.0; allowed: a number at least 0" in capsys.readouterr().err
+    code, result, _ = run(capsys, "eval", "--input", "a.csv", "--model", "no-such-folder")
+    assert code == 2 and "give a local folder" in str(result["error"])
+
+
+@pytest.mark.parametrize("job", ["train", "eval", "test"])
+def test_every_option_is_a_flag_with_help(job: str) -> None:
+    command = [sys.executable, "-m", f"jobs.{job}", "--help"]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "200"}
+    )
+    flags = {"train": "--learning-rate --eval-input", "eval": "--max-bad-rows", "test": "--overwrite --align-to-words"}
+    for flag in ["--input", "--model", "--num-workers", "--use-gpu", "--precision", *flags[job].split()]:
+        assert flag in done.stdout
+    assert "default" in done.stdout
+
+
+def test_help_needs_neither_torch_nor_ray() -> None:
+    program = (
+        "import sys\nfrom ray_qa import cli\n"
+        "try:\n    cli.main(['test', '--help'])\nexcept SystemExit:\n    pass\n"
+        "print({'torch', 'transformers', 'ray'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_figures_that_are_no_numbers_are_null_in_json() -> None:
+    assert json.loads(cli._json({"loss": float("nan"), "f1": 1.5})) == {"loss": None, "f1": 1.5}
