@@ -1,4 +1,4 @@
-"""The jobs as commands: ``ray-qa train``, ``ray-qa eval``, ``ray-qa test``.
+"""The jobs as commands: ``ray-qa train``, ``ray-qa eval``, ``ray-qa test``, ``ray-qa prepare``.
 
 Flags are built from the option dataclasses. Log lines go to stderr, the first of them says what was chosen; the
 last line on stdout is one JSON object that says what was done. Exit codes are those of `ray_qa.errors`.
@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from ray_qa.errors import ErrorRowsError, OptionError, RayQAError, WorkError
-from ray_qa.options import QAEvalArgs, QATestArgs, QATrainArgs
-from ray_qa.storage import locate
+from ray_qa.options import CheckpointOptions, QAEvalArgs, QATestArgs, QATrainArgs
 
 if TYPE_CHECKING:
     from ray.train import ScalingConfig
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Common:
+class _Source:
     input: tuple[str, ...]
     """CSV files, folders or globs; local paths or URIs such as s3://bucket/rows.csv."""
 
@@ -44,6 +43,17 @@ class _Common:
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 
+    endpoint_url: str | None = None
+    """Address of an S3-compatible store, such as http://minio:9000; otherwise AWS_ENDPOINT_URL. Credentials come from
+    AWS_ACCESS_KEY_ID and its companions, or from the places where S3 clients look for them."""
+
+    @property
+    def storage_options(self) -> dict[str, object] | None:
+        return None if self.endpoint_url is None else {"endpoint_override": self.endpoint_url}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Common(_Source):
     num_workers: int | None = None
     """Workers. Without any of these three flags: one per GPU of the cluster, else what its CPUs allow."""
 
@@ -62,9 +72,13 @@ class TrainJob(_Common):
     """Folder that becomes the tuned model. The same command again says that it is finished."""
 
     eval_input: tuple[str, ...] = ()
-    """CSV files to evaluate the tuned model on."""
+    """CSV files to evaluate on after every epoch; the figures stand under "evaluations"."""
 
     options: Annotated[QATrainArgs, tyro.conf.arg(name="")] = dataclasses.field(default_factory=QATrainArgs)
+
+    checkpoints: Annotated[CheckpointOptions, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=CheckpointOptions
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +86,12 @@ class EvalJob(_Common):
     """Loss, exact match and F1 of a model on CSV rows (context, question, answer_text, answer_start)."""
 
     output: str | None = None
-    """Folder for eval.json."""
+    """Folder for eval.json (figures), report.html (the same to look at, with the worst rows) and details/ (Parquet,
+    one line per row); an earlier evaluation in it is replaced."""
+
+    calibrate: bool = False
+    """Also fit a temperature, an offset and a null threshold that turn scores into probabilities: calibration.json in
+    --output, and beside a model that is a local folder."""
 
     allow_untrained_head: bool = False
     """Accept an encoder without a question-answering head; its answers are random."""
@@ -96,52 +115,47 @@ class TestJob(_Common):
     options: Annotated[QATestArgs, tyro.conf.arg(name="")] = dataclasses.field(default_factory=QATestArgs)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PrepareJob(_Source):
+    """Check labelled rows and plan a training, without any training: what is bad, how many windows and steps."""
+
+    output: str | None = None
+    """Folder for prepare.json and quarantine.parquet (the bad rows with their reasons)."""
+
+    dry_run: bool = False
+    """Look at a sample of the rows only."""
+
+    options: Annotated[QATrainArgs, tyro.conf.arg(name="")] = dataclasses.field(default_factory=QATrainArgs)
+
+
 def _train(job: TrainJob) -> dict[str, Any]:
     from ray_qa.training import train
 
     result = train(
         job.input, model=_model(job), args=job.options, output=job.output, scaling=_scaling(job),
-        eval_paths=job.eval_input or None, trust_remote_code=job.trust_remote_code,
+        eval_paths=job.eval_input or None, trust_remote_code=job.trust_remote_code, checkpoints=job.checkpoints,
+        storage_options=job.storage_options,
     )
     done = result.to_json()
-    done.pop("history", None)
-    if job.eval_input:
-        done["eval"] = _evaluation(dataclasses.replace(
-            _eval_job_after(job), model=result.model_directory
-        ))
+    done.pop("history")  # stands in result.json
     return done
-
-
-def _eval_job_after(job: TrainJob) -> EvalJob:
-    shared = {field.name: getattr(job, field.name) for field in dataclasses.fields(_Common)}
-    shared |= {"input": job.eval_input, "revision": None}
-    names = {field.name for field in dataclasses.fields(QAEvalArgs)} - {"precision", "tokens_per_batch"}
-    options = {k: v for k, v in dataclasses.asdict(job.options).items() if k in names}
-    return EvalJob(**shared, options=QAEvalArgs(**options))
 
 
 def _eval(job: EvalJob) -> dict[str, Any]:
-    location = None if job.output is None else locate(job.output)
-    if location is not None:
-        location.make_folder()
     done = _evaluation(job)
-    if location is not None:
-        (location / "eval.json").publish(_json(done).encode())
-        done["output"] = location.uri
-    return done
+    return done if job.output is None else done | {"output": job.output}
 
 
 def _evaluation(job: EvalJob) -> dict[str, Any]:
-    from ray_qa.evaluation import evaluate
+    from ray_qa.evaluation import done_to_json, evaluate
 
     done = evaluate(
-        job.input, model=_model(job), args=job.options, scaling=_scaling(job),
-        trust_remote_code=job.trust_remote_code, allow_untrained_head=job.allow_untrained_head,
+        job.input, model=_model(job), args=job.options, output_path=job.output, scaling=_scaling(job),
+        calibrate=job.calibrate, trust_remote_code=job.trust_remote_code,
+        allow_untrained_head=job.allow_untrained_head,
+        storage_options=job.storage_options,
     )
-    return dataclasses.asdict(done.result) | {
-        "model": job.model, "precision": done.precision, "num_workers": done.workers.num_workers,
-        "device": done.workers.device, "rows_per_second": round(done.statistics.rows_per_second, 2),
-    }
+    return done_to_json(done) | {"model": job.model}
 
 
 def _test(job: TestJob) -> dict[str, Any]:
@@ -151,6 +165,7 @@ def _test(job: TestJob) -> dict[str, Any]:
         job.input, model=_model(job), args=job.options, output_path=job.output, scaling=_scaling(job),
         overwrite=job.overwrite, trust_remote_code=job.trust_remote_code,
         allow_untrained_head=job.allow_untrained_head,
+        storage_options=job.storage_options,
     )
     summary = {
         "num_rows": done.num_rows, "num_errors": done.num_errors, "num_parts": done.num_parts,
@@ -167,6 +182,15 @@ def _test(job: TestJob) -> dict[str, Any]:
     return summary
 
 
+def _prepare(job: PrepareJob) -> dict[str, Any]:
+    from ray_qa.preparation import survey
+
+    return survey(
+        job.input, model=_model(job), args=job.options, output=job.output, dry_run=job.dry_run,
+        trust_remote_code=job.trust_remote_code, storage_options=job.storage_options,
+    ) | {"model": job.model}
+
+
 class _Finished(Exception):
     """Carries a job's summary along with the error that it ends in."""
 
@@ -175,7 +199,7 @@ class _Finished(Exception):
         self.summary, self.error = summary, error
 
 
-def _model(job: _Common) -> ModelSource:
+def _model(job: _Source) -> ModelSource:
     from ray_qa.model import resolve_model
 
     # The functions refuse an untrained head themselves, where they must.
@@ -192,11 +216,13 @@ def _scaling(job: _Common) -> ScalingConfig | None:
 
 _JOBS: dict[type, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     TrainJob: ("train", _train), EvalJob: ("eval", _eval), TestJob: ("test", _test),
+    PrepareJob: ("prepare", _prepare),
 }
 _Job = (
     Annotated[TrainJob, tyro.conf.subcommand("train")]
     | Annotated[EvalJob, tyro.conf.subcommand("eval")]
     | Annotated[TestJob, tyro.conf.subcommand("test")]
+    | Annotated[PrepareJob, tyro.conf.subcommand("prepare")]
 )
 
 

@@ -67,6 +67,10 @@ class EngineOutput:
     `RANKED_PREDICTIONS` and up to ``top_k`` entries per row. ``loss_sum`` (float64 [rows]) adds up the losses
     of a row's ``num_windows`` (int64 [rows]) windows; it is None without ``with_loss``. ``num_tokens`` of
     ``num_padded_tokens`` that went through the model were no padding; identical rows go through it once.
+    ``null_score`` (float64 [rows]) is the probability of "no answer", NaN where a row has no windows;
+    ``context_length`` (int64 [rows]) counts the tokens of a row's context, 0 where it has no windows.
+    ``text_predictions`` is ``predictions`` without null answers, the best answer with text of every row; None without
+    ``with_loss``.
     """
 
     predictions: pa.Table
@@ -74,6 +78,9 @@ class EngineOutput:
     num_windows: IntArray
     num_tokens: int
     num_padded_tokens: int
+    null_score: FloatArray
+    context_length: IntArray
+    text_predictions: pa.Table | None = None
 
     @property
     def padding_share(self) -> float:
@@ -182,20 +189,30 @@ class Engine:
             keep, rank = merge_spans(row, start, end, score, top_k)
             row, start, end, score = row[keep], start[keep], end[keep], score[keep]
         answers = _Answers(row.astype(np.int64), rank, start, end, score)
+        null = null_scores(windows.row, result.null_score, num_rows)
+        text_predictions: pa.Table | None = None
         if self.options.handle_impossible_answer:
-            answers = answers.with_null(null_scores(windows.row, result.null_score, num_rows), top_k)
+            if with_loss:
+                text_predictions = _predictions(table, answers, first, windows.errors, ranked=top_k > 1)
+            answers = answers.with_null(null, top_k)
+        predictions = _predictions(table, answers, first, windows.errors, ranked=top_k > 1)
 
         num_windows = np.bincount(windows.row, minlength=num_rows)
+        context_length = np.zeros(num_rows, np.int64)
+        np.maximum.at(context_length, windows.row, windows.context_offset.astype(np.int64) + windows.context_length)
         loss_sum: FloatArray | None = None
         if with_loss:
             # astype: bincount of nothing is integer.
             loss_sum = np.bincount(windows.row, weights=result.loss, minlength=num_rows).astype(np.float64)[first]
         return EngineOutput(
-            predictions=_predictions(table, answers, first, windows.errors, ranked=top_k > 1),
+            predictions=predictions,
             loss_sum=loss_sum,
             num_windows=num_windows[first],
             num_tokens=int(windows.splits[-1]),
             num_padded_tokens=result.num_padded_tokens,
+            null_score=np.where(np.isfinite(null), null, np.nan).astype(np.float64)[first],
+            context_length=context_length[first],
+            text_predictions=predictions if with_loss and text_predictions is None else text_predictions,
         )
 
     def _run(self, windows: Windows, top_k: int, with_loss: bool, places: _Places | None) -> _WindowResults:

@@ -23,6 +23,7 @@ reading. The rule, in full:
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from array import array
@@ -134,6 +135,15 @@ REASONS: dict[str, Reason] = {
         "bad", schema.ANSWER_TEXT,
         "answer_text does not stand in the context; copy it literally from there.",
     ),
+    "answers_not_a_list": Reason(
+        "bad", schema.ANSWERS,
+        'answers is not a JSON list of strings; write it as ["Paris", "the city of Paris"], or leave it blank.',
+    ),
+    "answers_without_answer_text": Reason(
+        "bad", schema.ANSWERS,
+        "answers names right answers although answer_text is blank; put one of them into answer_text, with its "
+        "answer_start, or leave both blank.",
+    ),
 }
 
 # Zero-width space, word joiner, soft hyphen, direction marks, byte order mark. Not the joiners
@@ -181,7 +191,8 @@ def check_labels(table: pa.Table, *, handle_impossible_answer: bool) -> LabelChe
 
     Args:
         table: columns row_index (int64), context, question, answer_text, answer_start (strings
-            without nulls). The words "null", "NA" and "None" are text like any other.
+            without nulls). The words "null", "NA" and "None" are text like any other. An optional
+            column answers (see `gold_answers`) is checked too.
         handle_impossible_answer: rows with a blank answer_text and an answer_start that is blank
             or -1 are legal rows without an answer.
     """
@@ -205,6 +216,8 @@ def check_labels(table: pa.Table, *, handle_impossible_answer: bool) -> LabelChe
         reasons[i], starts[i], texts[i] = _check_row(
             contexts[i], questions[i], texts[i], raw_starts[i].as_py(), handle_impossible_answer
         )
+    if schema.ANSWERS in table.column_names:
+        _check_answers(table.column(schema.ANSWERS).to_pylist(), reasons, starts, texts)
     bad_codes = {code for code, reason in REASONS.items() if reason.status == "bad"}
     return LabelCheck(
         num_rows=num_rows,
@@ -213,6 +226,33 @@ def check_labels(table: pa.Table, *, handle_impossible_answer: bool) -> LabelChe
         usable=np.array([reason not in bad_codes for reason in reasons], dtype=np.bool_),
         reason=reasons,
     )
+
+
+def gold_answers(answer_text: str, answers: str = "") -> list[str]:
+    """The right answers of a checked row: answer_text and the strings in the JSON list ``answers``; [""] for none.
+
+    Raises:
+        ValueError: ``answers`` is not a JSON list of strings; check_labels lets no such row through.
+    """
+    further = json.loads(answers) if answers.strip() else []
+    if not isinstance(further, list) or not all(isinstance(answer, str) for answer in further):
+        raise ValueError("not a JSON list of strings")
+    golds = dict.fromkeys(answer for answer in (answer_text, *further) if answer.strip(_BLANKS))
+    return list(golds) or [""]
+
+
+def _check_answers(answers: list[str], reasons: list[str], starts: list[int], texts: list[str]) -> None:
+    """Mark the rows, usable so far, whose further answers are not."""
+    for i, raw in enumerate(answers):
+        if not raw.strip() or REASONS[reasons[i]].status == "bad":
+            continue
+        try:
+            golds = gold_answers(texts[i], raw)
+        except (ValueError, RecursionError):
+            reasons[i], starts[i], texts[i] = "answers_not_a_list", -1, ""
+            continue
+        if not texts[i] and golds != [""]:
+            reasons[i], starts[i], texts[i] = "answers_without_answer_text", -1, ""
 
 
 def check_inputs(table: pa.Table) -> list[str | None]:
@@ -256,7 +296,7 @@ class LabelReport:
         row_indices = table.column(schema.ROW_INDEX).to_numpy()[bad]
         first = bad[np.argsort(row_indices, kind="stable")[:FIRST_BAD_ROWS]]
         rows = zip(first, table.take(first).to_pylist(), strict=True)
-        self._keep([_bad_row(row, check.reason[i]) for i, row in rows])
+        self._keep([bad_row_of(row, check.reason[i]) for i, row in rows])
         return self
 
     def merge(self, other: LabelReport) -> LabelReport:
@@ -291,7 +331,7 @@ class LabelReport:
         return f" ({', '.join(totals)})" if totals else ""
 
 
-def _bad_row(row: dict[str, object], reason: str) -> BadRow:
+def bad_row_of(row: dict[str, object], reason: str) -> BadRow:
     """``row`` (a row of the table as a dictionary) as the report shows it."""
     column = REASONS[reason].column
     text, start = str(row[schema.ANSWER_TEXT]), str(row[schema.ANSWER_START])

@@ -41,6 +41,8 @@ HEAD_SEED = 42
 # Files that make up a model; everything else in a repository (pickles, exports, logos) stays where it is.
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 _TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+# Written beside a model by ray_qa: what became of it, not what it is.
+_NOT_THE_MODEL = {"result.json", "calibration.json"}
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "tf_model.h5", "flax_model.msgpack")
 # Parameters of question-answering heads in transformers.
 _HEAD_KEYS = re.compile(r"(^|\.)(qa_outputs|qa_classifier|splinter_qass)\.")
@@ -123,20 +125,23 @@ class QAModel:
 def window_losses(
     start_logits: torch.Tensor,
     end_logits: torch.Tensor,
-    attention_mask: torch.Tensor,
+    attention_mask: torch.Tensor | None,
     start_positions: torch.Tensor,
     end_positions: torch.Tensor,
 ) -> torch.Tensor:
-    """Loss of each window, fp32 [windows]: the mean of the cross-entropies of its start and its end.
+    """Loss of each window, [windows]: the mean of the cross-entropies of its start and its end.
 
     Equals the loss that transformers' models give for each window alone and unpadded: every token of the
-    window takes part in the softmax, padding does not, and positions outside the window count 0.
+    window takes part in the softmax, padding does not, and positions outside the window count 0. In the logits'
+    precision, at least fp32.
     """
-    # Not -inf: its gradient through log_softmax is fine, but an all-padding row would become NaN.
-    padding = attention_mask == 0
-    total = torch.zeros(len(start_logits), dtype=torch.float32, device=start_logits.device)
+    wide = torch.promote_types(start_logits.dtype, torch.float32)
+    total = torch.zeros(len(start_logits), dtype=wide, device=start_logits.device)
     for logits, positions in ((start_logits, start_positions), (end_logits, end_positions)):
-        masked = logits.float().masked_fill(padding, torch.finfo(torch.float32).min)
+        masked = logits.to(wide)
+        if attention_mask is not None:
+            # Not -inf: its gradient through log_softmax is fine, but an all-padding row would become NaN.
+            masked = masked.masked_fill(attention_mask == 0, torch.finfo(wide).min)
         width = masked.shape[1]
         target = positions.clamp(0, width)
         total = total + F.cross_entropy(masked, target, ignore_index=width, reduction="none")
@@ -372,7 +377,10 @@ def _checkpoint_keys(directory: Path, name: str) -> set[str]:
 
 def _digest(directory: Path) -> str:
     """SHA-256 over names and bytes of everything that decides what the model answers."""
-    files = {file for pattern in (*_WEIGHT_FILES, *_TEXT_FILES, "*.py") for file in directory.glob(pattern)}
+    files = {
+        file for pattern in (*_WEIGHT_FILES, *_TEXT_FILES, "*.py") for file in directory.glob(pattern)
+        if file.name not in _NOT_THE_MODEL
+    }
     total = hashlib.sha256()
     for file in sorted(files, key=lambda file: file.name):
         with file.open("rb") as stream:

@@ -26,7 +26,7 @@ from torch import nn
 
 from ray_qa.batches import split_by_tokens
 from ray_qa.errors import OptionError, WorkError
-from ray_qa.model import is_out_of_memory, to_device
+from ray_qa.model import is_out_of_memory, to_device, window_losses
 from ray_qa.options import QATrainArgs
 
 #: Gives the padded arrays of the slice's windows at these positions: what the model's forward takes by name,
@@ -105,24 +105,6 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object
         {"params": decaying, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-
-
-def window_losses(
-    start_logits: torch.Tensor, end_logits: torch.Tensor, attention_mask: torch.Tensor | None,
-    start_positions: torch.Tensor, end_positions: torch.Tensor,
-) -> torch.Tensor:
-    """The loss of each window: the mean of the cross entropies of its start and its end, [num_windows].
-
-    As in transformers' QA models, over all tokens of the window; but not over its padding, so that a window's
-    loss does not depend on the windows that it shares a batch with. At least float32.
-    """
-    losses = []
-    for logits, positions in ((start_logits, start_positions), (end_logits, end_positions)):
-        wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-        if attention_mask is not None:
-            wide = wide.masked_fill(attention_mask == 0, -math.inf)
-        losses.append(nn.functional.cross_entropy(wide, positions, reduction="none"))
-    return (losses[0] + losses[1]) / 2
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:

@@ -17,6 +17,8 @@ from ray_qa.errors import OptionError
 
 Precision = Literal["auto", "bf16", "fp32"]
 PairOrder = Literal["question_first", "context_first"]
+Normalization = Literal["squad", "mlqa"]
+Language = Literal["en", "es", "de", "ar", "hi", "vi", "zh", "ja", "th", "lo", "km", "my", "other"]
 SchedulerType = Literal["linear", "constant", "constant_with_warmup", "cosine"]
 
 #: Happy Transformer's documented dictionary of training options.
@@ -184,6 +186,12 @@ class QAEvalArgs(AnswerOptions):
     precision: Precision = "fp32"
     """'fp32' gives a loss that can be compared; 'auto' is bf16 where the hardware multiplies bf16 natively."""
 
+    normalization: Normalization = "squad"
+    """How answers are compared: 'squad' for English, 'mlqa' for any language, with `language`."""
+
+    language: Language = "en"
+    """Language of the answers under normalization 'mlqa'; 'other' is any further one with spaces between words."""
+
     max_bad_rows: Annotated[float, NotNegative] = 0
     """Rows with unusable labels that are left out: a share when below 1, else a count; beyond it nothing is done."""
 
@@ -236,6 +244,23 @@ class QATrainArgs(ModelOptions):
 
     logging_steps: Annotated[int, AtLeastOne] = 50
     """Steps between two lines of progress."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions(Options):
+    """How a training survives the death of workers, nodes and drivers."""
+
+    save_steps: Annotated[int | None, AtLeastOne] = None
+    """Steps between two checkpoints; None saves by time alone."""
+
+    save_seconds: Annotated[float | None, Positive] = 300.0
+    """Seconds between two checkpoints; None saves by steps alone."""
+
+    save_total_limit: Annotated[int, AtLeastOne] = 2
+    """Checkpoints to keep, the newest."""
+
+    max_failures: Annotated[int, NotNegative] = 3
+    """Times that the workers are started again after one of them died."""
 
 
 def allowance(limit: float, num_rows: int) -> int:

@@ -47,7 +47,7 @@ _FEEDER_CPUS = 0.5
 #: Options that change how fast a run is, or what is said about it, and never an answer.
 _OPTIONS_WITHOUT_EFFECT = {"precision", "tokens_per_batch", "max_error_rows", "max_bad_rows"}
 
-Reducer = Callable[[pa.Table, "EngineOutput"], Any]
+Reducer = Callable[[Part, pa.Table, "EngineOutput"], Any]
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,13 @@ class Job:
     """Where workers publish their parts; None returns the answers to the driver."""
     reducer: Reducer | None = None
     """For evaluation: what a part's labelled rows and the engine's output come down to; rows whose labels
-    cannot be used are left out, and nothing is published."""
+    cannot be used are left out, and nothing is published but by the reducer itself."""
+    extra_columns: tuple[str, ...] = ()
+    """Columns that are read beside the usual ones."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return schema.TEST_COLUMNS if self.reducer is None else schema.TRAIN_COLUMNS
+        return (schema.TEST_COLUMNS if self.reducer is None else schema.TRAIN_COLUMNS) + self.extra_columns
 
 
 @dataclass(frozen=True)
@@ -359,7 +361,7 @@ class PredictionWorker:
             num_windows=int(output.num_windows.sum()), started=started, finished=time.time(), worker=self.name,
         )
         if job.reducer is not None:
-            return dataclasses.replace(report, reduced=job.reducer(table, output), finished=time.time())
+            return dataclasses.replace(report, reduced=job.reducer(part, table, output), finished=time.time())
         if job.folder is not None:
             file = job.folder.publish_part(output.predictions, part.first_row, part.num_rows)
             return dataclasses.replace(report, file=file, finished=time.time())

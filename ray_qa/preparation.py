@@ -18,28 +18,38 @@ import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import ray
 
 from ray_qa import cluster, schema
+from ray_qa.bad_rows import refuse_bad_rows, write_quarantine
 from ray_qa.csv_index import CSVIndex
 from ray_qa.errors import BadRowsError, InputError, WorkError
 from ray_qa.labels import BadRow, LabelReport, check_labels
 from ray_qa.options import QATrainArgs, allowance
-from ray_qa.reading import map_parts
-from ray_qa.storage import Location
+from ray_qa.reading import index_input, map_parts
+from ray_qa.storage import Location, PathLike, locate
 from ray_qa.windows import PairTemplate, WindowMaker, Windows
+
+if TYPE_CHECKING:
+    from ray_qa.model import ModelSource
 
 logger = logging.getLogger("ray_qa")
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "_manifest.json"
+SURVEY_NAME = "prepare.json"
+#: Parts that a dry run looks at.
+SAMPLE_PARTS = 20
+_HISTOGRAM_STEP = 32
 Facts = dict[str, Any]
 _FACTS = b"ray_qa.facts"
 _NAMED_ROWS = 10
@@ -54,6 +64,8 @@ class Shard:
     num_rows: int
     num_windows: int
     num_tokens: int
+    num_bad: int
+    """Rows that have no windows here."""
     num_bytes: int
 
 
@@ -176,6 +188,14 @@ def prepare(index: CSVIndex, maker: WindowMaker, args: QATrainArgs, home: Locati
     return prepared
 
 
+def keep_bad_rows(
+    prepared: Prepared, index: CSVIndex, maker: WindowMaker, args: QATrainArgs, folder: Location
+) -> None:
+    """Write the rows that `prepare` let through without using them to `bad_rows.QUARANTINE_NAME` in ``folder``."""
+    bad = [shard.first_row for shard in prepared.shards if shard.num_bad]
+    write_quarantine(index, bad, folder, args.handle_impossible_answer, maker=maker)
+
+
 def content_key(index: CSVIndex, maker: WindowMaker, args: QATrainArgs) -> str:
     """A hash of all that decides the content of the shards: equal keys mean equal shards."""
     backend = maker.tokenizer.backend_tokenizer
@@ -242,16 +262,142 @@ def _check_accounting(shards: Sequence[Shard], index: CSVIndex) -> None:
 
 
 def _refuse_bad_rows(report: PreparationReport, index: CSVIndex, args: QATrainArgs) -> None:
-    allowed = allowance(args.max_bad_rows, index.num_rows)
-    if report.num_bad > allowed:
-        raise BadRowsError(
-            f"{report.describe(index)}\nallowed by max_bad_rows={args.max_bad_rows:g}: {allowed:,}; "
-            "mend the rows, or allow more to leave them out"
-        )
-    if report.num_bad == index.num_rows:
-        raise BadRowsError(f"{report.describe(index)}\nno row is left to train on")
+    refuse_bad_rows(report.describe(index), report.num_bad, index, args.max_bad_rows)
     if report.num_bad or report.labels.num_repaired:
         logger.warning("%s", report.describe(index))
+
+
+# --- the same without training ----------------------------------------------------------------------
+
+
+@dataclass
+class Survey:
+    """What `prepare` would find in some parts of an input."""
+
+    report: PreparationReport = dataclasses.field(default_factory=PreparationReport)
+    lengths: Counter[int] = dataclasses.field(default_factory=Counter)
+    """Windows by their length in tokens."""
+    num_rows_in_many_windows: int = 0
+    bad_parts: list[int] = dataclasses.field(default_factory=list)
+    """First rows of the parts with bad rows."""
+
+    def merge(self, other: Survey) -> None:
+        self.report.merge(other.report)
+        self.lengths.update(other.lengths)
+        self.num_rows_in_many_windows += other.num_rows_in_many_windows
+        self.bad_parts += other.bad_parts
+
+
+def survey(
+    input_paths: PathLike | Sequence[PathLike], *, model: ModelSource | PathLike, args: QATrainArgs | None = None,
+    output: PathLike | None = None, dry_run: bool = False, trust_remote_code: bool = False,
+    storage_options: Mapping[str, object] | None = None,
+) -> dict[str, Any]:
+    """The label doctor and the plan of a training, without any training: asks for CPUs only.
+
+    Args:
+        input_paths: CSV files with the columns context, question, answer_text, answer_start.
+        model: whose tokenizer cuts the windows.
+        output: a folder for `SURVEY_NAME` and the bad rows (see `bad_rows.write_quarantine`).
+        dry_run: look at `SAMPLE_PARTS` parts, evenly spread, and reckon windows and steps for all rows from them.
+
+    Returns:
+        Counts by name. Those of labels, windows and lengths are over ``num_checked_rows``; ``estimated_windows`` and
+        ``estimated_steps`` are for all rows (exact where all were checked). Bad rows are told, not refused.
+    """
+    from ray_qa.model import as_source, load_tokenizer
+
+    args = QATrainArgs.of(args)
+    index = index_input(
+        input_paths, required_columns=schema.TRAIN_COLUMNS, delimiter=args.delimiter, storage_options=storage_options
+    )
+    source = as_source(model, trust_remote_code=trust_remote_code, allow_untrained_head=True)
+    tokenizer, longest = load_tokenizer(source.directory, trust_remote_code=trust_remote_code)
+    maker = WindowMaker(
+        tokenizer, max_seq_length=args.max_seq_length, doc_stride=args.doc_stride, pair_order=args.pair_order,
+        model_max_length=longest,
+    )
+    folder = None if output is None else locate(output, storage_options=storage_options)
+    if folder is not None:
+        folder.make_folder()
+    wanted = range(index.num_parts)
+    if dry_run and index.num_parts > SAMPLE_PARTS:
+        wanted = np.unique(np.linspace(0, index.num_parts - 1, SAMPLE_PARTS).astype(np.int64)).tolist()
+    logger.info(
+        "prepare: %d rows in %d parts, %d parts to look at; tokenizer %s", index.num_rows, index.num_parts,
+        len(wanted), source.name,
+    )
+    found = Survey()
+    if index.num_parts:
+        look = partial(_survey_part, maker, args.handle_impossible_answer)
+        for part in map_parts(look, index, columns=schema.TRAIN_COLUMNS, parts=wanted):
+            found.merge(part)
+    if found.report.num_bad or found.report.labels.num_repaired:
+        logger.warning("%s", found.report.describe(index))
+    summary = _summary_of(found, index, maker, args)
+    if folder is not None:
+        write_quarantine(index, found.bad_parts, folder, args.handle_impossible_answer, maker=maker)
+        (folder / SURVEY_NAME).publish(json.dumps(summary, indent=1).encode())
+        summary["output"] = folder.uri
+    return summary
+
+
+def _summary_of(found: Survey, index: CSVIndex, maker: WindowMaker, args: QATrainArgs) -> dict[str, Any]:
+    labels = found.report.labels
+    checked, num_windows = labels.num_rows, sum(found.lengths.values())
+    estimated = round(num_windows * index.num_rows / checked) if checked else 0
+    steps = args.max_steps or math.ceil(args.num_train_epochs * -(-estimated // args.batch_size))
+    histogram: Counter[int] = Counter()
+    for length, count in found.lengths.items():
+        histogram[-(-length // _HISTOGRAM_STEP) * _HISTOGRAM_STEP] += count
+    return {
+        "num_files": len(index.files), "num_rows": index.num_rows, "num_parts": index.num_parts,
+        "num_checked_rows": checked, "exact": checked == index.num_rows,
+        "num_usable_rows": checked - found.report.num_bad, "num_repaired_rows": labels.num_repaired,
+        "num_bad_rows": found.report.num_bad, "label_counts": dict(sorted(labels.counts.items())),
+        "num_questions_too_long": found.report.num_without_windows,
+        "num_rows_in_many_windows": found.num_rows_in_many_windows,
+        "num_windows": num_windows, "num_tokens": sum(length * count for length, count in found.lengths.items()),
+        "window_lengths": {f"up to {length}": histogram[length] for length in sorted(histogram)},
+        "max_seq_length": maker.max_seq_length, "doc_stride": maker.doc_stride,
+        "estimated_windows": estimated, "estimated_steps": steps if estimated else 0,
+        "train_would_refuse": not checked or found.report.num_bad == checked
+        or found.report.num_bad > allowance(args.max_bad_rows, checked),
+    }
+
+
+def _survey_part(maker: WindowMaker, handle_impossible_answer: bool, table: pa.Table) -> Survey:
+    first_row = table.column(schema.ROW_INDEX)[0].as_py()
+    report, made = _check_and_cut(maker, handle_impossible_answer, table)
+    return Survey(
+        report=report, lengths=Counter(made.lengths.tolist()),
+        num_rows_in_many_windows=int(np.count_nonzero(np.bincount(made.row) > 1)) if made.num_windows else 0,
+        bad_parts=[first_row] if report.num_bad else [],
+    )
+
+
+def _check_and_cut(
+    maker: WindowMaker, handle_impossible_answer: bool, table: pa.Table, *, skip_bad: bool = False
+) -> tuple[PreparationReport, Windows]:
+    """The label report of a part and the windows of its usable rows.
+
+    With ``skip_bad`` a part that has bad rows gives no windows.
+    """
+    first_row = table.column(schema.ROW_INDEX)[0].as_py()
+    check = check_labels(table, handle_impossible_answer=handle_impossible_answer)
+    report = PreparationReport(LabelReport().add(check, table))
+    usable = np.flatnonzero(check.usable)
+    if skip_bad and len(usable) < len(table):
+        usable = usable[:0]  # The input will be refused: only the totals matter any more.
+    chosen = table.take(pa.array(usable))
+    made = maker.make(
+        chosen.column(schema.CONTEXT).to_pylist(), chosen.column(schema.QUESTION).to_pylist(),
+        answer_starts=check.answer_start[usable],
+        answer_texts=[check.answer_text[row] for row in usable.tolist()],
+    ).for_rows(usable)
+    report.num_without_windows = len(made.errors)
+    report.without_windows = sorted((first_row + row, why) for row, why in made.errors.items())[:_NAMED_ROWS]
+    return report, made
 
 
 # --- in the tasks -----------------------------------------------------------------------------------
@@ -277,22 +423,10 @@ def make_shard(plan: _Plan, table: pa.Table) -> tuple[Facts, int]:
     found = _read_facts(target, plan.key)
     if found is not None:
         return found
-    check = check_labels(table, handle_impossible_answer=plan.handle_impossible_answer)
-    report = PreparationReport(LabelReport().add(check, table))
-    usable = np.flatnonzero(check.usable)
-    if plan.skip_bad_parts and len(usable) < len(table):
-        usable = usable[:0]  # The input will be refused: only the totals matter any more.
-    chosen = table.take(pa.array(usable))
-    made = plan.maker.make(
-        chosen.column(schema.CONTEXT).to_pylist(), chosen.column(schema.QUESTION).to_pylist(),
-        answer_starts=check.answer_start[usable],
-        answer_texts=[check.answer_text[row] for row in usable.tolist()],
-    ).for_rows(usable)
-    report.num_without_windows = len(made.errors)
-    report.without_windows = sorted((first_row + row, why) for row, why in made.errors.items())[:_NAMED_ROWS]
+    report, made = _check_and_cut(plan.maker, plan.handle_impossible_answer, table, skip_bad=plan.skip_bad_parts)
     shard = {
         "name": target.name, "first_row": first_row, "num_rows": len(table),
-        "num_windows": made.num_windows, "num_tokens": int(made.lengths.sum()),
+        "num_windows": made.num_windows, "num_tokens": int(made.lengths.sum()), "num_bad": report.num_bad,
     }
     facts: Facts = {"key": plan.key, "shard": shard, "report": report.to_json()}
     data = _shard_bytes(made, first_row, facts)

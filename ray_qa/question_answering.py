@@ -38,6 +38,8 @@ class HappyQuestionAnswering:
         trust_remote_code: run Python code that comes with the model.
         revision: branch, tag or commit on the hub.
         scaling: the workers to use; None takes the GPUs that the cluster has, else its CPUs.
+        storage_options: endpoint and credentials for URIs, such as ``{"endpoint_override": "http://minio:9000",
+            "access_key": ..., "secret_key": ...}``; see `storage.locate`.
 
     Raises:
         ModelError: the model is unknown, out of reach, or not safe to load.
@@ -47,12 +49,14 @@ class HappyQuestionAnswering:
         self, model_type: str = "DISTILBERT", model_name: str = "distilbert-base-cased-distilled-squad",
         load_path: str = "", use_auth_token: str | bool | None = None, trust_remote_code: bool = False, *,
         token: str | bool | None = None, revision: str | None = None, scaling: ScalingConfig | None = None,
+        storage_options: Mapping[str, object] | None = None,
     ) -> None:
         if token is not None and use_auth_token is not None and token != use_auth_token:
             raise OptionError("token and use_auth_token are two names of one option and differ; give one of them")
         self.model_type = model_type
         self.model_name = model_name
         self.scaling = scaling
+        self._storage_options = storage_options
         self._trust_remote_code = trust_remote_code
         # A head may be missing here: training makes one, eval and test refuse.
         self._source = resolve_model(
@@ -80,6 +84,7 @@ class HappyQuestionAnswering:
         result = training.train(
             input_filepath, model=self._source, args=QATrainArgs.of(args), scaling=self.scaling,
             eval_paths=eval_filepath or None, trust_remote_code=self._trust_remote_code,
+            storage_options=self._storage_options,
         )
         self._source = resolve_model(result.model_directory, trust_remote_code=self._trust_remote_code)
         self._engine = None
@@ -98,7 +103,7 @@ class HappyQuestionAnswering:
         """
         return evaluation.evaluate(
             input_filepath, model=self._source, args=args, scaling=self.scaling,
-            trust_remote_code=self._trust_remote_code,
+            trust_remote_code=self._trust_remote_code, storage_options=self._storage_options,
         ).result
 
     def test(
@@ -117,7 +122,7 @@ class HappyQuestionAnswering:
         """
         done = prediction.predict(
             input_filepath, model=self._source, args=args, output_path=output_path, scaling=self.scaling,
-            trust_remote_code=self._trust_remote_code,
+            trust_remote_code=self._trust_remote_code, storage_options=self._storage_options,
         )
         if done.too_many_errors:
             logger.warning("%d of %d rows could not be answered", done.num_errors, done.num_rows)
@@ -147,7 +152,7 @@ class HappyQuestionAnswering:
         Raises:
             OutputError: the folder cannot be written.
         """
-        target = locate(path)
+        target = locate(path, storage_options=self._storage_options)
         target.make_folder()
         # config.json goes last: a folder without it is no model.
         files = [file for file in Path(self._source.directory).iterdir() if file.is_file()]

@@ -141,19 +141,24 @@ def _read_tables(
 
 
 def map_parts(
-    function: Callable[[pa.Table], Any], index: CSVIndex, *, columns: Sequence[str]
+    function: Callable[[pa.Table], Any], index: CSVIndex, *, columns: Sequence[str] | None,
+    parts: Sequence[int] | None = None,
 ) -> Iterable[Any]:
-    """``function(table of a part)`` for every part on the cluster's CPUs; results as they come, in no order."""
+    """``function(table of a part)`` for every part on the cluster's CPUs; results as they come, in no order.
+
+    ``columns`` and ``parts`` (ascending part numbers) are those wanted, None means all.
+    """
     cluster.connect()
-    mapper = partial(_call_on_parts, ray.put(index), list(columns), function)
-    results = part_runs(index).map_batches(mapper, batch_size=1, batch_format="numpy")
+    mapper = partial(_call_on_parts, ray.put(index), None if columns is None else list(columns), function)
+    results = part_runs(index, parts).map_batches(mapper, batch_size=1, batch_format="numpy")
     for batch in cluster.batches(results):
         for cell in batch["result"]:
             yield cluster.unpack(cell)
 
 
 def _call_on_parts(
-    index: ray.ObjectRef[CSVIndex], columns: list[str], function: Callable[[pa.Table], Any], batch: dict[str, Any]
+    index: ray.ObjectRef[CSVIndex], columns: list[str] | None, function: Callable[[pa.Table], Any],
+    batch: dict[str, Any],
 ) -> Iterator[dict[str, list[bytes]]]:
     for _, table in read_run(ray.get(index), batch, columns):
         yield {"result": [cluster.pack(function(table))]}

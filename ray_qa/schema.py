@@ -10,6 +10,8 @@ CONTEXT = "context"
 QUESTION = "question"
 ANSWER_TEXT = "answer_text"
 ANSWER_START = "answer_start"
+#: Optional, for evaluation: further right answers of a row, a JSON list of strings.
+ANSWERS = "answers"
 ROW_INDEX = "row_index"
 
 TEST_COLUMNS = (CONTEXT, QUESTION)

@@ -115,9 +115,11 @@ class Location:
             raise
 
     def make_folder(self) -> None:
-        """Create the folder and prove that it can be written."""
+        """Create the folder and prove that it can be written. Buckets are never created."""
         try:
-            self.filesystem.create_dir(self.path, recursive=True)
+            if not isinstance(self.filesystem, (pafs.S3FileSystem, pafs.GcsFileSystem)):
+                # An object store has no folders, and an empty object in place of one would only be in the way.
+                self.filesystem.create_dir(self.path, recursive=True)
             probe = self / f"_probe.{uuid.uuid4().hex}"
             probe._publish_once(b"")
             self.filesystem.delete_file(probe.path)
@@ -154,7 +156,10 @@ def locate(path: PathLike, *, storage_options: Mapping[str, object] | None = Non
 
     ``storage_options`` go to the file system of a URI: for ``s3://`` the arguments of
     `pyarrow.fs.S3FileSystem` (``endpoint_override``, ``access_key``, ...), for ``gs://`` those of
-    `pyarrow.fs.GcsFileSystem`, else those of the fsspec file system.
+    `pyarrow.fs.GcsFileSystem`, else those of the fsspec file system. Local paths take none of them.
+
+    What the environment says of S3 (``AWS_ACCESS_KEY_ID``, ``AWS_REGION``, ``AWS_ENDPOINT_URL``, ...) is read here, and
+    travels inside the location: a worker need not have that environment.
     """
     text = os.fspath(path)
     if not isinstance(text, str) or not text:
@@ -166,8 +171,8 @@ def locate(path: PathLike, *, storage_options: Mapping[str, object] | None = Non
         return Location(pafs.LocalFileSystem(), os.path.abspath(rest), text)
     options = dict(storage_options or {})
     try:
-        if scheme == "s3" and options:
-            return Location(pafs.S3FileSystem(**options), rest, text)
+        if scheme == "s3" and (options := _s3_options(rest, options)):
+            return Location(pafs.S3FileSystem(**options), rest.rstrip("/"), text)
         if scheme in ("gs", "gcs") and options:
             return Location(pafs.GcsFileSystem(**options), rest, text)
         if scheme in ("s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss") and not options:
@@ -177,8 +182,42 @@ def locate(path: PathLike, *, storage_options: Mapping[str, object] | None = Non
 
         remote, inner = fsspec.url_to_fs(text, **options)
         return Location(pafs.PyFileSystem(pafs.FSSpecHandler(remote)), inner, text)
-    except (ValueError, TypeError, ImportError, pa.ArrowInvalid) as error:
+    except (ValueError, TypeError, ImportError, OSError, pa.ArrowInvalid) as error:
         raise OptionError(f"{text}: not a path or URI that can be opened ({error})") from error
+
+
+_S3_ENVIRONMENT = {
+    "region": ("AWS_REGION", "AWS_DEFAULT_REGION"),
+    "endpoint_override": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"),
+}
+_S3_CREDENTIALS = {
+    "access_key": "AWS_ACCESS_KEY_ID", "secret_key": "AWS_SECRET_ACCESS_KEY", "session_token": "AWS_SESSION_TOKEN",
+}
+
+
+def _s3_options(rest: str, given: Mapping[str, object]) -> dict[str, object]:
+    """``given``, completed from the environment; empty where both say nothing, or the URI says it (``?region=``)."""
+    if "=" in rest.partition("?")[2] and not given:
+        return {}
+    options = dict(given)
+    for name, variables in _S3_ENVIRONMENT.items():
+        value = next((os.environ[variable] for variable in variables if os.environ.get(variable)), None)
+        if name not in options and value is not None:
+            options[name] = value
+    # Someone who names an account, a role or nobody does not mean the account of the environment.
+    if not options.keys() & {*_S3_CREDENTIALS, "anonymous", "role_arn"} and os.environ.get("AWS_ACCESS_KEY_ID"):
+        options |= {name: os.environ[key] for name, key in _S3_CREDENTIALS.items() if os.environ.get(key)}
+    if not options:
+        return {}
+    if "region" not in options:
+        # Other stores than Amazon's mostly do not care; for Amazon the bucket's region is looked up.
+        own = "endpoint_override" in options
+        options["region"] = "us-east-1" if own else pafs.resolve_s3_region(rest.partition("/")[0])
+    scheme, separator, host = str(options.get("endpoint_override", "")).partition("://")
+    if separator:
+        options |= {"endpoint_override": host.rstrip("/"), "scheme": scheme}
+    # Small files go up in one request; larger ones in several, and become visible with the last.
+    return {"allow_delayed_open": True} | options
 
 
 def expand(

@@ -22,7 +22,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,15 +33,16 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from ray_qa import cluster, model_transfer, schema
+from ray_qa.bad_rows import check_label_rows
 from ray_qa.batches import TrainingSampler, collate, rank_slice
 from ray_qa.csv_index import CSVIndex, read_parts
 from ray_qa.errors import OutputError, RayQAError, UserError, WorkError
-from ray_qa.evaluation import check_label_rows, score_rows
+from ray_qa.evaluation import score_rows
 from ray_qa.labels import check_labels
 from ray_qa.metrics import Scores
 from ray_qa.model_transfer import FinishedModel, SharedModel
-from ray_qa.options import AnswerOptions, AtLeastOne, NotNegative, Options, Positive, QATrainArgs
-from ray_qa.preparation import Prepared, prepare
+from ray_qa.options import AnswerOptions, CheckpointOptions, QATrainArgs
+from ray_qa.preparation import Prepared, keep_bad_rows, prepare
 from ray_qa.reading import index_input
 from ray_qa.storage import Location, PathLike, cache_home, locate
 from ray_qa.windows import WindowMaker, Windows
@@ -60,23 +61,9 @@ _RUN = "_run.json"
 _COLLECTIVE_TIMEOUT_S = 600
 # Ray Train looks at its workers this often; its own default of 2 s delays the end of every short training.
 _POLL_INTERVAL_S = "0.25"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointOptions(Options):
-    """How a training survives the death of workers, nodes and drivers."""
-
-    save_steps: Annotated[int | None, AtLeastOne] = None
-    """Steps between two checkpoints; None saves by time alone."""
-
-    save_seconds: Annotated[float | None, Positive] = 300.0
-    """Seconds between two checkpoints; None saves by steps alone."""
-
-    save_total_limit: Annotated[int, AtLeastOne] = 2
-    """Checkpoints to keep, the newest."""
-
-    max_failures: Annotated[int, NotNegative] = 3
-    """Times that the workers are started again after one of them died."""
+# Threads that wait for one another spin by default. On cores that anything else uses too, that made a step of a tiny
+# model four times as slow (docs/performance.md).
+_CPU_WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +111,7 @@ def train(
     output: PathLike | None = None, scaling: ScalingConfig | None = None,
     eval_paths: PathLike | Sequence[PathLike] | None = None, storage_path: PathLike | None = None,
     trust_remote_code: bool = False, checkpoints: CheckpointOptions | None = None,
+    storage_options: Mapping[str, object] | None = None,
 ) -> TrainResult:
     """Fine-tune a model on labelled rows.
 
@@ -139,22 +127,25 @@ def train(
         storage_path: where prepared windows and checkpoints are kept, for all nodes to see; None is the cache
             home.
         checkpoints: when to save. With an ``output``, the same call goes on where a killed one was.
+        storage_options: endpoint and credentials for URIs; see `storage.locate`.
 
     Raises:
         InputError, BadRowsError, OptionError, ModelError, OutputError: before workers are started.
         WorkError: the training failed; its message names step and rows where the loss was not a number.
     """
     args = QATrainArgs.of(args)
-    target = locate(output) if output is not None else None
+    target = locate(output, storage_options=storage_options) if output is not None else None
     if target is None:
         return _train_into(
-            None, input_paths, model, args, scaling, eval_paths, storage_path, trust_remote_code, checkpoints
+            None, input_paths, model, args, scaling, eval_paths, storage_path, trust_remote_code, checkpoints,
+            storage_options,
         )
     was_there = target.exists()
     target.make_folder()
     try:
         return _train_into(
-            target, input_paths, model, args, scaling, eval_paths, storage_path, trust_remote_code, checkpoints
+            target, input_paths, model, args, scaling, eval_paths, storage_path, trust_remote_code, checkpoints,
+            storage_options,
         )
     except UserError:
         # Nothing was written: not even a folder, unless something is in it.
@@ -168,14 +159,20 @@ def _train_into(
     target: Location | None, input_paths: PathLike | Sequence[PathLike], model: ModelSource | str,
     args: QATrainArgs, scaling: ScalingConfig | None, eval_paths: PathLike | Sequence[PathLike] | None,
     storage_path: PathLike | None, trust_remote_code: bool, checkpoints: CheckpointOptions | None,
+    storage_options: Mapping[str, object] | None,
 ) -> TrainResult:
     from ray_qa.model import as_source, load_tokenizer
 
     started = time.monotonic()
-    index = index_input(input_paths, required_columns=schema.TRAIN_COLUMNS, delimiter=args.delimiter)
+    index = index_input(
+        input_paths, required_columns=schema.TRAIN_COLUMNS, delimiter=args.delimiter, storage_options=storage_options
+    )
     eval_index = None
     if eval_paths is not None:
-        eval_index = index_input(eval_paths, required_columns=schema.TRAIN_COLUMNS, delimiter=args.delimiter)
+        eval_index = index_input(
+            eval_paths, required_columns=schema.TRAIN_COLUMNS, delimiter=args.delimiter,
+            storage_options=storage_options,
+        )
     source = as_source(model, trust_remote_code=trust_remote_code, allow_untrained_head=True)
     eval_digest = None if eval_index is None else eval_index.digest
     plan_hash = _plan_hash([index.digest, eval_digest, source.digest], args)
@@ -194,18 +191,19 @@ def _train_into(
     device = "cuda" if scaling.use_gpu else "cpu"
     precision = _resolve_precision(args, device)
     logger.info(
-        "training on %s, %s; %d rows in %d parts; model %s",
-        _describe(scaling), precision, index.num_rows, index.num_parts, source.name,
+        "train: %d rows in %d parts; %s; precision %s; model %s",
+        index.num_rows, index.num_parts, _describe(scaling), precision, source.name,
     )
     if eval_index is not None:
         check_label_rows(eval_index, args.handle_impossible_answer, args.max_bad_rows)
-    home = locate(storage_path) if storage_path is not None else locate(cache_home())
+    home = locate(cache_home() if storage_path is None else storage_path, storage_options=storage_options)
     _check_shared(home)
     prepared = prepare(index, maker, args, home / "windows")
     prepare_seconds = time.monotonic() - started
 
     if target is not None:
         (target / _RUN).publish(json.dumps({"plan": plan_hash}).encode())
+        keep_bad_rows(prepared, index, maker, args, target)
     # Only a run with an output folder can be found again.
     run_name = uuid.uuid4().hex if target is None else _hash([plan_hash, prepared.key, target.uri])
     folder = home / "checkpoints" / run_name
@@ -400,8 +398,9 @@ def train_windows(
         torch_config=TorchConfig(
             backend="nccl" if scaling.use_gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S
         ),
-        run_config=RunConfig(
-            name=name, storage_path=str(storage), failure_config=FailureConfig(max_failures=max_failures)
+        run_config=RunConfig(  # type: ignore[call-arg]  # mypy sees the class of Train V1
+            name=name, storage_path=str(storage), failure_config=FailureConfig(max_failures=max_failures),
+            worker_runtime_env={"env_vars": dict(_CPU_WORKER_ENVIRONMENT)} if not scaling.use_gpu else None,
         ),
     )
     try:

@@ -48,7 +48,8 @@ def imported_by(statement: str) -> set[str]:
 @pytest.mark.parametrize(
     "name",
     ["errors", "options", "schema", "storage"]
-    + ["csv_index", "labels", "windows", "batches", "spans", "metrics", "results", "cli"],
+    + ["csv_index", "labels", "windows", "batches", "spans", "metrics", "slices", "calibration", "report", "results"]
+    + ["cli"],
 )
 def test_import_of_module_is_light(name: str) -> None:
     assert imported_by(f"import ray_qa.{name}") == set()

@@ -87,16 +87,53 @@ def test_options_are_checked_by_name(capsys: pytest.CaptureFixture[str]) -> None
     assert code == 2 and "give a local folder" in str(result["error"])
 
 
-@pytest.mark.parametrize("job", ["train", "eval", "test"])
+@pytest.mark.parametrize("job", ["train", "eval", "test", "prepare"])
 def test_every_option_is_a_flag_with_help(job: str) -> None:
     command = [sys.executable, "-m", f"jobs.{job}", "--help"]
     done = subprocess.run(
         command, cwd=REPOSITORY, capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "200"}
     )
-    flags = {"train": "--learning-rate --eval-input", "eval": "--max-bad-rows", "test": "--overwrite --align-to-words"}
-    for flag in ["--input", "--model", "--num-workers", "--use-gpu", "--precision", *flags[job].split()]:
+    flags = {
+        "train": "--num-workers --use-gpu --learning-rate --eval-input", "eval": "--num-workers --max-bad-rows",
+        "test": "--use-gpu --overwrite --align-to-words", "prepare": "--dry-run --output --max-bad-rows",
+    }
+    for flag in ["--input", "--model", "--precision", "--endpoint-url", *flags[job].split()]:
         assert flag in done.stdout
     assert "default" in done.stdout
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_prepare_says_what_is_bad_and_what_a_training_would_take(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    header, row = GOOD.splitlines(keepends=True)
+    lines = [row] * 1000
+    lines[600] = "Ann has 3 keys.,who?,Bob,0\n"
+    lines[700] = f"Ann has 3 keys.,{'who ' * 500},Ann,0\n"
+    lines[999] = f"{'The weather was fine. ' * 200}Ann has 3 keys.,who has 3 keys?,Ann has 3 keys,4400\n"
+    rows = tmp_path / "rows.csv"
+    rows.write_text(header + "".join(lines))
+    arguments = ("prepare", "--input", rows, "--model", tiny_model)
+    code, result, _ = run(capsys, *arguments, "--output", tmp_path / "out", "--batch-size", "10")
+    assert code == 0 and result["status"] == "done" and "rows.csv, record 600" in caplog.text
+    assert (result["num_rows"], result["num_checked_rows"], result["exact"]) == (1000, 1000, True)
+    assert result["label_counts"] == {"not_found": 1, "ok": 999}
+    assert (result["num_bad_rows"], result["num_questions_too_long"], result["num_usable_rows"]) == (2, 1, 998)
+    assert result["num_rows_in_many_windows"] == 1 and result["train_would_refuse"] is True
+    windows = result["num_windows"]
+    assert isinstance(windows, int) and windows > 998 and result["estimated_windows"] == windows
+    assert result["estimated_steps"] == 3 * -(-windows // 10)
+    assert sum(result["window_lengths"].values()) == windows  # type: ignore[attr-defined]
+    assert json.loads((tmp_path / "out" / "prepare.json").read_text())["num_windows"] == windows
+    assert pq.read_table(tmp_path / "out" / "quarantine.parquet")["row_index"].to_pylist() == [600, 700]
+
+    monkeypatch.setattr("ray_qa.preparation.SAMPLE_PARTS", 2)
+    code, sampled, _ = run(capsys, *arguments, "--dry-run", "--max-bad-rows", "0.5")
+    assert code == 0 and sampled["exact"] is False and sampled["train_would_refuse"] is False
+    assert (sampled["num_rows"], sampled["num_checked_rows"]) == (1000, 256 + 232)
+    assert sampled["num_windows"] == windows - 510
+    assert sampled["estimated_windows"] == round((windows - 510) * 1000 / 488)
 
 
 def test_help_needs_neither_torch_nor_ray() -> None:

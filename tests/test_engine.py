@@ -297,6 +297,26 @@ def test_no_rows_and_only_bad_rows(loaded):
     assert engine.answer(rows(labels=[]), with_loss=True).loss_sum.tolist() == []
 
 
+def test_evaluation_gets_the_answer_with_text_beside_the_null_answer(loaded):
+    qa = loaded("distilbert")
+    pairs = [*PAIRS, (CORPUS[0], " ")]
+    table = rows(*pairs, PAIRS[0], labels=[*LABELS, ("1887", 10), LABELS[0]])
+    plain = Engine(qa, AnswerOptions()).answer(table, with_loss=True)
+    found = Engine(qa, AnswerOptions(handle_impossible_answer=True)).answer(table, with_loss=True)
+    assert found.text_predictions == plain.predictions == plain.text_predictions
+    null, text = found.null_score, found.text_predictions["score"].to_numpy()
+    assert np.isnan(null[len(PAIRS)]) and np.array_equal(null, plain.null_score, equal_nan=True)
+    for row, ((context, question), label) in enumerate(zip(PAIRS, LABELS, strict=True)):
+        best = reference(qa, context, question, AnswerOptions(handle_impossible_answer=True), top_k=10**6, label=label)
+        (expected,) = [score for answer, score, _, _ in best[0] if not answer]
+        assert null[row] == pytest.approx(expected, rel=1e-4)
+        assert (found.predictions["answer"][row].as_py() == "") == (null[row] > text[row])
+        assert found.context_length[row] == len(qa.tokenizer(context, add_special_tokens=False)["input_ids"])
+    assert null[-1] == null[0] and found.context_length[-1] == found.context_length[0]
+    assert found.context_length[len(PAIRS)] == 0
+    assert Engine(qa, AnswerOptions(handle_impossible_answer=True)).answer(table).text_predictions is None
+
+
 def test_identical_rows_are_computed_once(loaded):
     engine = Engine(loaded("bert"))
     once = engine.answer(rows(PAIRS[0], PAIRS[2]))

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import csv
+import json
+import shutil
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from ray.train import ScalingConfig
 
-from ray_qa import evaluation, prediction
-from ray_qa.errors import BadRowsError, CSVError, InputError
+from ray_qa import evaluation, prediction, schema, slices
+from ray_qa.calibration import Calibration
+from ray_qa.csv_index import Part
+from ray_qa.engine import Engine
+from ray_qa.errors import BadRowsError, CSVError, InputError, OptionError
 from ray_qa.evaluation import evaluate
+from ray_qa.model import load_model, resolve_model
+from ray_qa.options import QAEvalArgs
+from ray_qa.storage import locate
 from tests.conftest import EXAMPLES
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -89,6 +100,152 @@ def test_a_question_too_long_for_the_window_counts_as_wrong(tiny_model: Path, tm
     path = write(tmp_path / "long.csv", [good, ("Ann has 3.", "who " * 500, "Ann", "0")])
     done = evaluate(path, model=tiny_model).result
     assert (done.num_rows, done.num_error_rows, done.num_windows) == (2, 1, 1)
+
+
+LABELLED = ("context", "question", "answer_text", "answer_start", "answers")
+
+
+def write_many(path: Path) -> Path:
+    """600 rows, three parts: long and short contexts, a second right answer, none, a question too long."""
+    long = "Ann has 3 keys. " + "Bob has none of them at all. " * 60
+    kinds = [
+        ("Ann has 3 keys.", "who has 3 keys?", "Ann", "0", '["3", "the Ann"]'),
+        (long, "who has none?", "Bob", "16", ""),
+        ("Ann has 3.", "who?", "", "-1", "[]"), ("Cid, Ann", "who?", "Ann", "5", ""),
+        ("Ann has 3.", "who " * 500, "Ann", "0", ""), ("Ann has 3.", "what has she?", "has 3", "4", ""),
+    ]
+    with open(path, "w", newline="", encoding="utf-8") as stream:
+        hostile = [(f"{context} <script>alert(1)</script>", f"<b>{rest[0]}", *rest[1:]) for context, *rest in kinds]
+        csv.writer(stream).writerows([LABELLED, *(hostile[i % 6] for i in range(600))])
+    return path
+
+
+def test_output_folder_is_the_same_for_any_workers(tiny_model: Path, tmp_path: Path) -> None:
+    path = write_many(tmp_path / "many.csv")
+    args = {"handle_impossible_answer": True, "max_seq_length": 64}
+    outputs, done = [], []
+    for num_workers in (1, 2):
+        outputs.append(tmp_path / f"out-{num_workers}")
+        (outputs[-1] / "details").mkdir(parents=True)
+        for left_over in ("details/part-000000000007.parquet", "eval.json", "report.html"):
+            (outputs[-1] / left_over).write_text("of an earlier evaluation")
+        done.append(evaluate(path, model=tiny_model, args=args, output_path=outputs[-1],
+                             scaling=ScalingConfig(num_workers=num_workers)))
+    result = done[0].result
+    assert result == done[1].result
+    assert (result.num_rows, result.num_error_rows, result.num_no_answer) == (600, 100, 100)
+    first, second = (pq.read_table(output / "details") for output in outputs)
+    assert first == second and first.schema.equals(slices.DETAILS)
+    assert first["row_index"].to_pylist() == list(range(600))
+
+    # The details say what the figures say.
+    assert 100 * np.mean(first["exact_match"].to_numpy()) == pytest.approx(result.exact_match)
+    assert 100 * np.mean(first["f1"].to_numpy()) == pytest.approx(result.f1)
+    windows, loss = first["num_windows"].to_numpy(), np.nan_to_num(first["loss"].to_numpy())
+    assert (windows * loss).sum() / windows.sum() == pytest.approx(result.loss) and windows.sum() == result.num_windows
+    with_text = first.filter(first["has_answer"])
+    assert 100 * np.mean(with_text["f1"].to_numpy()) == pytest.approx(result.has_answer_f1)
+    answer = first["null_score"].fill_null(1.0).to_numpy() > result.best_exact_match_threshold
+    right = np.where(answer, ~first["has_answer"].to_numpy(), first["text_exact_match"].to_numpy())
+    assert 100 * right.mean() == pytest.approx(result.best_exact_match)
+    assert result.best_exact_match >= result.exact_match
+    line = first.slice(0, 1).to_pylist()[0]
+    assert line["golds"] == ["Ann", "3", "the Ann"] and (line["answer_start"], line["answer_end"]) == (0, 3)
+    assert line["question_word"] == "who" and line["answer_length"] == 1 and line["answer_position"] == 0.0
+    assert first["num_windows"][1].as_py() > 1 and first["context_length"][1].as_py() > 64
+    assert len(set(first["context_id"].to_pylist())) == 4
+
+    varying = {"num_workers", "rows_per_second"}
+    figures = [json.loads((output / "eval.json").read_text()) for output in outputs]
+    assert {k: v for k, v in figures[0].items() if k not in varying} == {
+        k: v for k, v in figures[1].items() if k not in varying
+    }
+    assert figures[0]["f1"] == result.f1 and len(figures[0]["slices"]) == len(slices.DIMENSIONS)
+    page = (outputs[0] / "report.html").read_text()
+    assert page.count("data-row=") == 50 and page.count("<figure data-chart=") == 7
+    assert "&lt;script&gt;" in page and "<script" not in page and "<b>who" not in page
+    without = evaluate(path, model=tiny_model, args=args, scaling=ScalingConfig(num_workers=2)).result
+    assert without == result
+
+
+@pytest.mark.parametrize("impossible", [False, True])
+def test_a_part_without_usable_rows_has_empty_details(impossible: bool, tiny_model: Path, tmp_path: Path) -> None:
+    args = QAEvalArgs(handle_impossible_answer=impossible)
+    engine = Engine(load_model(tiny_model, device="cpu", precision="fp32"), args)
+    types = {"row_index": pa.int64(), "answer_start": pa.int64()}
+    names = ("row_index", *schema.TRAIN_COLUMNS)
+    table = pa.schema([(name, types.get(name, pa.string())) for name in names]).empty_table()
+    part = Part(file=0, start=0, end=0, first_row=7, num_rows=3)
+    found = evaluation.Scorer(args, locate(tmp_path), True)(part, table, engine.answer(table, with_loss=True))
+    assert (found.scores.num_rows, found.thresholds.num_rows, len(found.sample.score)) == (0, 0, 0)
+    assert found.summary.to_json() == slices.Summary().to_json() and found.summary.worst == ()
+    written = pq.read_table(tmp_path / "part-000000000007.parquet")
+    assert len(written) == 0 and written.schema.equals(slices.DETAILS)
+
+
+def test_calibration_is_written_beside_the_model_too(tiny_model: Path, tmp_path: Path) -> None:
+    contexts = [f"Ann has {number} keys." for number in range(120)]
+    path = write(tmp_path / "rows.csv", [(context, "who has keys?", "Ann", "0") for context in contexts])
+    found = prediction.predict(path, model=tiny_model, args={"precision": "fp32"}).answers
+    rows = []
+    for number, (context, answer) in enumerate(zip(contexts, found, strict=True)):  # two of three are right
+        wrong = "keys" if answer.answer == "has" else "has"
+        label = (answer.answer, str(answer.start)) if number % 3 else (wrong, str(context.index(wrong)))
+        rows.append((context, "who has keys?", *label))
+    write(path, rows)
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    with pytest.raises(OptionError, match="output folder"):
+        evaluate(path, model=model, calibrate=True)
+    before = resolve_model(model).digest
+    done = evaluate(path, model=model, calibrate=True, output_path=tmp_path / "out")
+    stored = json.loads((tmp_path / "out" / "calibration.json").read_text())
+    assert stored == json.loads((model / "calibration.json").read_text())
+    assert before == stored["model_digest"] == resolve_model(model).digest  # the model is the same as before
+    assert (stored["num_rows"], stored["num_contexts"], stored["null_threshold"]) == (120, 120, None)
+    # The probabilities of a fit with an offset add up to the number of right answers, but for the pull.
+    details = pq.read_table(tmp_path / "out" / "details")
+    fitted = Calibration(stored["temperature"], stored["offset"])
+    expected = 120 * done.result.exact_match / 100
+    assert fitted.probability(details["score"].to_numpy()).sum() == pytest.approx(expected, abs=0.2)
+    assert expected == pytest.approx(80)
+    assert "class='line curve'" in (tmp_path / "out" / "report.html").read_text()
+
+    few = write(tmp_path / "few.csv", rows[:9])
+    with pytest.raises(InputError, match="found 9 rows with 9 contexts, 6 of them answered right and 3 wrong"):
+        evaluate(few, model=model, calibrate=True, output_path=tmp_path / "few")
+    assert {path.name for path in (tmp_path / "few").iterdir()} == {"details", "eval.json", "report.html"}
+
+
+def test_further_answers_and_normalization_count(tiny_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    (answer,) = [line.answer for line in prediction.predict(
+        write(path, [("Der Hund 東京!", "wer?", "Hund", "4")]), model=tiny_model, args={"precision": "fp32"}
+    ).answers]
+
+    def figures(answers: str, **args: str) -> tuple[float, float]:
+        with open(path, "w", newline="", encoding="utf-8") as stream:
+            label = "H" if answer != "H" else "u"
+            start = "Der Hund 東京!".index(label)
+            rows = [LABELLED, ("Der Hund 東京!", "wer?", label, start, answers)]
+            csv.writer(stream).writerows(rows)
+        done = evaluate(path, model=tiny_model, args=args).result
+        return done.exact_match, done.f1
+
+    assert answer and figures("") == (0, 0)
+    assert figures(json.dumps(["nothing", answer])) == (100, 100)
+    german = json.dumps([f"dem {answer}"])
+    assert figures(german)[0] == 0
+    assert figures(german, normalization="mlqa", language="de") == (100, 100)
+
+
+def test_bad_further_answers_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bad.csv"
+    path.write_text("context,question,answer_text,answer_start,answers\nAnn has 3.,who?,Ann,0,Ann\n")
+    with pytest.raises(BadRowsError, match=r"record 0, column answers: answers_not_a_list: found 'Ann'.*JSON list"):
+        evaluate(path, model=tiny_model)
+    with pytest.raises(InputError, match=r"plain\.csv: lacks the column answers"):
+        evaluate([path, write(tmp_path / "plain.csv", [("Ann", "who?", "Ann", "0")])], model=tiny_model)
 
 
 def test_evaluation_is_prediction_with_reducers() -> None:

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ray_qa.labels import FIRST_BAD_ROWS, MAX_SHIFT, REASONS, LabelReport, check_inputs, check_labels
+from ray_qa.labels import FIRST_BAD_ROWS, MAX_SHIFT, REASONS, LabelReport, check_inputs, check_labels, gold_answers
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 COLUMNS = ("context", "question", "answer_text", "answer_start")
@@ -125,8 +125,43 @@ def test_a_blank_question_is_bad_even_where_the_answer_is_right(no_answer):
 def test_every_code_says_how_to_mend_and_names_its_column():
     for code, reason in REASONS.items():
         assert reason.status in ("ok", "repaired", "bad") and reason.sentence.endswith("."), code
-        assert reason.column in COLUMNS or code == "ok"
+        assert reason.column in (*COLUMNS, "answers") or code == "ok"
     assert "handle_impossible_answer=True" in REASONS["blank_answer"].sentence
+
+
+@pytest.mark.parametrize(
+    ("answers", "reason", "golds"),
+    [
+        ("", "ok", ["café"]),
+        (" [] ", "ok", ["café"]),
+        ('["The café", "café", " ", "Café Zoë"]', "ok", ["café", "The café", "Café Zoë"]),
+        ("The café", "answers_not_a_list", None),
+        ('"The café"', "answers_not_a_list", None),
+        ('["The café", 3]', "answers_not_a_list", None),
+        ('{"text": "The café"}', "answers_not_a_list", None),
+        ("[" * 100_000, "answers_not_a_list", None),
+    ],
+)
+def test_further_answers(answers, reason, golds):
+    table = table_of([(TEXT, "Who?", "café", "4")]).append_column("answers", pa.array([answers]))
+    check = check_labels(table, handle_impossible_answer=False)
+    assert check.reason == [reason] and check.usable[0] == (golds is not None)
+    if golds is not None:
+        assert gold_answers(check.answer_text[0], answers) == golds
+    else:
+        text = LabelReport().add(check, table).describe(lambda row: ("a.csv", row))
+        assert f"a.csv, record 0, column answers: {reason}: found {answers[:9]!r}"[:-1] in text
+
+
+def test_further_answers_of_a_row_without_an_answer():
+    columns = [(TEXT, "Who?", "", "-1")] * 2
+    table = table_of(columns).append_column("answers", pa.array(['["Zoë"]', '[" "]']))
+    check = check_labels(table, handle_impossible_answer=True)
+    assert check.reason == ["answers_without_answer_text", "no_answer"]
+    assert gold_answers("", '[" "]') == [""]
+    # What else is wrong with a row is said first.
+    table = table_of([(TEXT, "Who?", "zebra", "4")]).append_column("answers", pa.array(["x"]))
+    assert check_labels(table, handle_impossible_answer=False).reason == ["not_found"]
 
 
 def test_check_inputs():

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ray_qa.errors import WorkError
+from ray_qa.model import window_losses
 from ray_qa.optimization import (
     DivergedError,
     Optimization,
@@ -20,7 +21,6 @@ from ray_qa.optimization import (
     dropout_seed,
     learning_rate_at,
     num_steps_of,
-    window_losses,
 )
 from ray_qa.options import QATrainArgs
 

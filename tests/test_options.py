@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 
 import pytest
 
 from ray_qa.errors import OptionError
-from ray_qa.options import ARGS_QA_TRAIN, QAEvalArgs, QATestArgs, QATrainArgs, allowance
+from ray_qa.metrics import LANGUAGES
+from ray_qa.options import ARGS_QA_TRAIN, Language, QAEvalArgs, QATestArgs, QATrainArgs, allowance
 
 
 def test_documented_dictionary_is_the_default() -> None:
@@ -50,6 +52,13 @@ def test_what_is_refused(args: object, found: str, allowed: str) -> None:
     with pytest.raises(OptionError) as caught:
         QATrainArgs.of(args)  # type: ignore[arg-type]
     assert found in str(caught.value) and allowed in str(caught.value)
+
+
+def test_languages_are_those_that_can_be_normalized() -> None:
+    assert set(typing.get_args(Language)) == set(LANGUAGES)
+    assert QAEvalArgs(normalization="mlqa", language="zh").language == "zh"
+    with pytest.raises(OptionError, match="'xx'; allowed: 'en', 'es'.*'other'"):
+        QAEvalArgs.of({"language": "xx"})
 
 
 def test_options_are_frozen() -> None:

@@ -31,10 +31,10 @@ from ray_qa.evaluation import evaluate
 from ray_qa.labels import LabelReport
 from ray_qa.model import ModelSource, load_model, load_tokenizer, resolve_model
 from ray_qa.optimization import Optimization, num_steps_of
-from ray_qa.options import QATrainArgs
+from ray_qa.options import CheckpointOptions, QATrainArgs
 from ray_qa.preparation import PreparationReport, Prepared, Shard, _Plan, make_shard, prepare
 from ray_qa.storage import locate
-from ray_qa.training import CheckpointOptions, PreparedWindows, train, train_windows
+from ray_qa.training import PreparedWindows, train, train_windows
 from ray_qa.windows import WindowMaker
 
 Row = tuple[str, str, str, str]
@@ -285,7 +285,8 @@ class TestOnRay:
         call = textwrap.dedent(f"""
             import ray
             from ray_qa.options import QATrainArgs
-            from ray_qa.training import CheckpointOptions, train
+            from ray_qa.options import CheckpointOptions
+            from ray_qa.training import train
 
             def run(output, max_steps=100):
                 return train(

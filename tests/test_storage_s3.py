@@ -1,0 +1,183 @@
+"""Input and output on a real S3 server: moto's, in a process of its own, with a log of the requests it served."""
+
+from __future__ import annotations
+
+import csv
+import pickle
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pytest
+import ray
+
+from ray_qa import open_results, reading, results
+from ray_qa.errors import InputError, OptionError, OutputError
+from ray_qa.prediction import predict
+from ray_qa.storage import Location, expand, locate
+
+BUCKET = "ray-qa"
+ENVIRONMENT = [
+    "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION",
+    "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE",
+]
+
+
+@dataclass(frozen=True)
+class Server:
+    endpoint: str
+    log: Path
+
+    @property
+    def options(self) -> dict[str, object]:
+        return {"endpoint_override": self.endpoint, "access_key": "key", "secret_key": "secret", "region": "us-east-1"}
+
+    def requests(self, path: str) -> list[str]:
+        """Methods and queries of the requests for an object, in order."""
+        found = re.findall(rf'"([A-Z]+) /{re.escape(path)}(\?\S*)? HTTP', self.log.read_text())
+        return [method + query for method, query in found]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("s3") / "log"
+    with open(log, "wb") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=stream, stderr=stream
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.1)
+        server = Server(f"http://127.0.0.1:{port}", log)
+        plain = pafs.S3FileSystem(
+            endpoint_override=f"127.0.0.1:{port}", scheme="http", access_key="key", secret_key="secret",
+            region="us-east-1", allow_bucket_creation=True,
+        )
+        plain.create_dir(BUCKET)
+        yield server
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+
+
+def write_rows(location: Location, first: int, num_rows: int) -> None:
+    rows = "".join(f'"Ann has {i},\nBob none.",who has {i}?\n' for i in range(first, first + num_rows))
+    location.publish(f"context,question\n{rows}".encode())
+
+
+def test_publishing_is_one_put_that_replaces_the_whole_object(server: Server) -> None:
+    target = locate(f"s3://{BUCKET}/one/put.bin", storage_options=server.options)
+    assert not target.exists()
+    target.publish(b"first, and longer")
+    target.publish(pa.py_buffer(b"second"))
+    assert target.read_bytes().to_pybytes() == b"second" and target.read_bytes(1, 3).to_pybytes() == b"ec"
+    puts = [request for request in server.requests(f"{BUCKET}/one/put.bin") if not request.startswith(("GET", "HEAD"))]
+    assert len(puts) == 2 and all(put.startswith("PUT") and "uploads" not in put for put in puts), puts
+
+
+def test_a_folder_needs_its_bucket_and_leaves_nothing_behind(server: Server) -> None:
+    folder = locate(f"s3://{BUCKET}/fresh/deep", storage_options=server.options)
+    folder.make_folder()
+    assert folder.list() == []
+    with pytest.raises(OutputError, match="s3://no-such-bucket/out: cannot be used as an output folder"):
+        locate("s3://no-such-bucket/out", storage_options=server.options).make_folder()
+    assert not locate("s3://no-such-bucket", storage_options=server.options).exists()
+
+
+def test_folders_globs_and_missing_files(server: Server) -> None:
+    for name in ("b.csv", "a.csv", "c.txt", "_hidden.csv", "sub/x.csv"):
+        locate(f"s3://{BUCKET}/many/{name}", storage_options=server.options).publish(b"x")
+
+    def names(path: str) -> list[str]:
+        return [found.uri for found in expand(path, suffixes=(".csv",), storage_options=server.options)]
+
+    prefix = f"s3://{BUCKET}/many"
+    assert names(prefix) == names(f"{prefix}/") == [f"{prefix}/a.csv", f"{prefix}/b.csv"]
+    assert names(f"{prefix}/?.csv") == [f"{prefix}/a.csv", f"{prefix}/b.csv"]
+    with pytest.raises(InputError, match="none.csv: no such file"):
+        names(f"{prefix}/none.csv")
+    with pytest.raises(OptionError, match="no_such_option"):
+        locate(prefix, storage_options=server.options | {"no_such_option": 1})
+
+
+def test_the_drivers_environment_travels_with_a_location(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    locate(f"s3://{BUCKET}/env.bin", storage_options=server.options).publish(b"there")
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "key-of-the-driver")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_ENDPOINT_URL", server.endpoint)
+        location = locate(f"s3://{BUCKET}/env.bin")
+    assert "secret" not in repr(location) and "key-of-the-driver" not in repr(location)
+    data = pickle.dumps(location)
+    assert b"key-of-the-driver" in data
+    # A fresh interpreter without the environment stands for a worker on another machine.
+    program = "import pickle, sys; print(pickle.load(sys.stdin.buffer).read_bytes().to_pybytes().decode())"
+    done = subprocess.run([sys.executable, "-c", program], input=data, capture_output=True, check=True)
+    assert done.stdout.strip() == b"there"
+
+
+def test_a_result_folder_is_taken_up_again(server: Server) -> None:
+    location = locate(f"s3://{BUCKET}/results", storage_options=server.options)
+    plan: dict[str, object] = {"input": "x"}
+    tables = [
+        pa.table({
+            "row_index": pa.array([i]), "answer": ["a"], "score": pa.array([1.0], pa.float32()),
+            "start": pa.array([0]), "end": pa.array([1]), "error": pa.array([None], pa.string()),
+        }) for i in range(2)
+    ]
+    first = results.begin(location, plan, overwrite=False).publish_part(tables[0], 0, 1)
+    folder = results.begin(location, plan, overwrite=False)
+    assert folder.published() == {0: first}
+    folder.finish(plan, [first, folder.publish_part(tables[1], 1, 1)], 2)
+    assert [answer.answer for answer in results.Answers(location)] == ["a", "a"]
+    with pytest.raises(OutputError, match="another run"):
+        results.begin(location, {"input": "y"}, overwrite=False)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_workers_read_and_write_with_the_drivers_options(server: Server, tiny_model: Path, tmp_path: Path) -> None:
+    folder = f"s3://{BUCKET}/rows"
+    for number in range(2):
+        write_rows(locate(f"{folder}/{number}.csv", storage_options=server.options), number * 300, 300)
+    location = locate(f"{folder}/1.csv", storage_options=server.options)
+    assert ray.get(ray.remote(lambda location: location.info().size).remote(location)) == location.info().size
+
+    rows = sorted(reading.read_csv(folder, storage_options=server.options).take_all(), key=lambda row: row["row_index"])
+    assert [row["question"] for row in rows] == [f"who has {i}?" for i in range(600)]
+    assert rows[599] == {"row_index": 599, "context": "Ann has 599,\nBob none.", "question": "who has 599?"}
+
+    local = tmp_path / "rows.csv"
+    with open(local, "w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([("context", "question"), *((row["context"], row["question"]) for row in rows)])
+    output = f"s3://{BUCKET}/answers"
+    done = predict(folder, model=tiny_model, output_path=output, storage_options=server.options)
+    assert (done.num_rows, done.num_errors, done.output_path) == (600, 0, output)
+    assert list(done.answers) == list(predict(local, model=tiny_model).answers)
+    lost = locate(f"{output}/{results.part_name(300)}", storage_options=server.options)
+    lost.delete()
+    locate(f"{output}/_manifest.json", storage_options=server.options).delete()
+    again = predict(folder, model=tiny_model, output_path=output, storage_options=server.options)
+    assert 0 < again.num_resumed_rows < 600
+    assert list(open_results(output, storage_options=server.options)) == list(done.answers)
