@@ -12,6 +12,7 @@ import logging
 import math
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -251,6 +252,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         failure = error
     except KeyboardInterrupt:
         failure = WorkError("interrupted")
+    except Exception as error:
+        # Not foreseen: the trace is for whoever mends it, the JSON line for whoever started the job.
+        traceback.print_exc()
+        failure = WorkError(f"{type(error).__name__}: {error}")
     result = {"job": name, "status": "done" if failure is None else "failed", **summary}
     if failure is not None:
         print(f"ray-qa {name}: {failure}", file=sys.stderr, flush=True)
@@ -262,8 +267,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _json(value: dict[str, Any]) -> str:
     """One line; a figure that is not a number becomes null, which every JSON reader takes."""
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in value.items()}
-    return json.dumps(clean, ensure_ascii=False)
+    return json.dumps(_finite(value), ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from ray_qa.errors import OptionError, RayQAError, WorkError
 
 T = TypeVar("T")
 
+_NO_NODES = "the cluster has no node with CPUs or GPUs yet; say how many workers to wait for (--num-workers, --use-gpu)"
+
 _EXCEPTION_LINE = re.compile(r"^[\w.]*(?:Error|Exception|Interrupt|Died)\w*: .+$", re.MULTILINE)
 
 logger = logging.getLogger("ray_qa")
@@ -90,8 +92,14 @@ def prediction_workers(scaling: ScalingConfig | None, *, at_most: int) -> Worker
         cpus = resources.get("CPU", 1)
         threads = max(1, int(cpus)) if isinstance(cpus, (int, float)) else 1
         wanted = _most_workers(scaling)
+    if scaling is None and wanted < 1:
+        raise OptionError(_NO_NODES)
     if wanted < 1:
         raise OptionError(f"num_workers is {wanted}; allowed for prediction: a whole number at least 1")
+    if not cpus_per_node():
+        # A head without CPUs: its workers are still to be added.
+        logger.warning("the cluster has no worker node yet; waiting for room for %d workers", wanted)
+        return Workers(max(1, min(wanted, at_most)), use_gpu, threads)
     if use_gpu and not gpus:
         raise OptionError("use_gpu asks for GPUs and the cluster has none; allowed: use_gpu=False, or nodes with GPUs")
     available = gpus if use_gpu else sum(cpus // threads for cpus in cpus_per_node())
@@ -133,14 +141,32 @@ def scaling_of(
     return ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=resources or None)
 
 
+def _warn_of_waiting(scaling: ScalingConfig) -> None:
+    """Say so where a training will wait for nodes, perhaps for ever: its workers start together or not at all."""
+    resources = scaling.resources_per_worker if isinstance(scaling.resources_per_worker, dict) else {}
+    per_worker = {"CPU": 0 if scaling.use_gpu else 1, "GPU": 1 if scaling.use_gpu else 0} | resources
+    fewest = scaling.num_workers[0] if isinstance(scaling.num_workers, tuple) else scaling.num_workers
+    for name, total in (("CPU", sum(cpus_per_node())), ("GPU", num_gpus())):
+        amount = per_worker.get(name, 0)
+        needed = amount * fewest if isinstance(amount, (int, float)) and isinstance(fewest, int) else 0
+        if needed > total:
+            logger.warning(
+                "%d training workers need %g %ss, the cluster has %d; waiting for nodes to be added",
+                fewest, needed, name, total,
+            )
+
+
 def training_scaling(scaling: ScalingConfig | None) -> ScalingConfig:
     """``scaling``, else one worker per GPU, else one worker per node with all the node's CPUs."""
     if scaling is not None:
+        _warn_of_waiting(scaling)
         return scaling
     gpus = num_gpus()
     if gpus:
         return ScalingConfig(num_workers=gpus, use_gpu=True)
     cpus = cpus_per_node()
+    if not cpus:
+        raise OptionError(_NO_NODES)
     return ScalingConfig(num_workers=len(cpus), resources_per_worker={"CPU": min(cpus)})
 
 

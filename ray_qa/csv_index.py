@@ -185,6 +185,8 @@ def index_csv(
         _open_file, [_Opening(location, tuple(required_columns), delimiters) for location in locations]
     ))
 
+    if len(opened) != len(locations):
+        raise ValueError(f"map_chunks gave {len(opened)} results for {len(locations)} files")
     text_bytes = sum(file.size * (_ASSUMED_RATIO if file.compression else 1) for file in opened)
     granule = 1 << max(0, (text_bytes - 1) // _MAX_GRANULES).bit_length()
     tasks = [task for file in opened for task in _scan_tasks(file, granule, chunk_bytes)]

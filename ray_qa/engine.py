@@ -96,6 +96,22 @@ def window_maker(tokenizer: Any, options: ModelOptions, *, model_max_length: int
     )
 
 
+def checked_window_maker(tokenizer: Any, options: AnswerOptions, *, model_max_length: int | None = None) -> WindowMaker:
+    """`window_maker`, with the options checked that only a tokenizer can tell to be wrong.
+
+    Raises:
+        OptionError: ``handle_impossible_answer`` with windows that have no CLS token, or a ``doc_stride`` that is too
+            large for the windows.
+    """
+    maker = window_maker(tokenizer, options, model_max_length=model_max_length)
+    if options.handle_impossible_answer and maker.template.cls_position is None:
+        raise OptionError(
+            "handle_impossible_answer is True, but windows of this model have no CLS token that could mean 'no "
+            f"answer' ({type(tokenizer).__name__}); allowed: False, or a model with a CLS token"
+        )
+    return maker
+
+
 def make_windows(table: pa.Table, maker: WindowMaker, *, with_labels: bool = False) -> Windows:
     """Windows of a table's rows (columns context, question; with labels answer_text, answer_start).
 
@@ -136,15 +152,9 @@ class Engine:
         """
         self.qa_model = qa_model
         self.options = options or AnswerOptions()
-        self.maker = window_maker(
+        self.maker = checked_window_maker(
             qa_model.tokenizer, self.options, model_max_length=qa_model.model_max_length
         )
-        if self.options.handle_impossible_answer and self.maker.template.cls_position is None:
-            kind = qa_model.model.config.model_type
-            raise OptionError(
-                "handle_impossible_answer is True, but windows of this model have no CLS token that could mean 'no "
-                f"answer' (model type {kind!r}); allowed: False, or a model with a CLS token"
-            )
         self.tokens_per_batch = self.options.tokens_per_batch or default_tokens_per_batch(qa_model.device)
 
     def windows(self, table: pa.Table, *, with_labels: bool = False) -> Windows:

@@ -42,7 +42,7 @@ HEAD_SEED = 42
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 _TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 # Written beside a model by ray_qa: what became of it, not what it is.
-_NOT_THE_MODEL = {"result.json", "calibration.json"}
+_NOT_THE_MODEL = {"result.json", "calibration.json", "eval.json", "prepare.json", "_run.json"}
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "tf_model.h5", "flax_model.msgpack")
 # Parameters of question-answering heads in transformers.
 _HEAD_KEYS = re.compile(r"(^|\.)(qa_outputs|qa_classifier|splinter_qass)\.")

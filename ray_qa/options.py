@@ -265,4 +265,5 @@ class CheckpointOptions(Options):
 
 def allowance(limit: float, num_rows: int) -> int:
     """Rows that ``limit`` (a share when below 1, else a count) allows out of ``num_rows``."""
-    return int(limit * num_rows) if limit < 1 else int(limit)
+    # 0.29 * 100 is 28.999999999999996
+    return int(limit * num_rows + 1e-9) if limit < 1 else int(limit)

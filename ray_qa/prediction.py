@@ -28,12 +28,13 @@ import ray_qa
 from ray_qa import cluster, model_transfer, reading, results, schema
 from ray_qa.cluster import Workers
 from ray_qa.csv_index import CSVIndex, Part
+from ray_qa.errors import UserError, WorkError
 from ray_qa.labels import check_labels
 from ray_qa.model_transfer import SharedModel
 from ray_qa.options import AnswerOptions, QATestArgs, allowance
 from ray_qa.results import PartFile, ResultFolder
 from ray_qa.schema import QuestionAnsweringResult
-from ray_qa.storage import PathLike, locate
+from ray_qa.storage import PathLike, locate, usable_folder
 
 if TYPE_CHECKING:  # torch and transformers are slow to import; a cluster's driver may do without
     from ray_qa.engine import Engine, EngineOutput
@@ -161,20 +162,28 @@ def predict(
         OptionError, InputError, CSVError, OutputError, ModelError: before any work is done.
         WorkError: the work failed; a folder keeps what was finished.
     """
-    from ray_qa.model import as_source
+    from ray_qa.engine import checked_window_maker
+    from ray_qa.model import as_source, load_tokenizer
 
     args = QATestArgs.of(args)
     model = as_source(model, trust_remote_code=trust_remote_code, allow_untrained_head=allow_untrained_head)
+    tokenizer, longest = load_tokenizer(model.directory, trust_remote_code=trust_remote_code)
+    checked_window_maker(tokenizer, args, model_max_length=longest)
     index = reading.index_input(
         input_paths, required_columns=schema.TEST_COLUMNS, delimiter=args.delimiter, storage_options=storage_options
     )
     cluster.connect()
     workers = cluster.prediction_workers(scaling, at_most=max(1, index.num_parts))
     precision = resolve_precision(args.precision, workers)
+    # The index does not see a short record or a byte that is not UTF-8 in a regular file. Parsing it all once costs
+    # little beside the model, and nobody learns of a broken last line after hours of work.
+    location = None if output_path is None else locate(output_path, storage_options=storage_options)
+    with usable_folder(location):
+        for _ in reading.map_parts(len, index, columns=schema.TEST_COLUMNS):
+            pass
     folder, done, plan = None, {}, {}
-    if output_path is not None:
+    if location is not None:
         plan = _plan(index, model, args, precision)
-        location = locate(output_path, storage_options=storage_options)
         folder = results.begin(location, plan, overwrite=overwrite)
         done = folder.published()
     missing = [i for i, part in enumerate(index.parts()) if part.first_row not in done]
@@ -201,7 +210,7 @@ def predict(
         num_errors = statistics.num_errors
         answers = [answer for first_row in sorted(tables) for answer in results.to_results(tables[first_row])]
         if len(answers) != index.num_rows:
-            raise results.WorkError(f"{len(answers)} answers came back for {index.num_rows} rows")
+            raise WorkError(f"{len(answers)} answers came back for {index.num_rows} rows")
     else:
         num_errors = folder.finish(plan, files.values(), index.num_rows)["num_errors"]
         answers = results.Answers(folder.location)
@@ -210,7 +219,7 @@ def predict(
         num_resumed_rows=sum(part.num_rows for part in done.values()),
         too_many_errors=num_errors > allowance(args.max_error_rows, index.num_rows),
         precision=precision, workers=workers, statistics=statistics,
-        output_path=None if folder is None else folder.location.uri,
+        output_path=None if folder is None else folder.location.full_name,
     )
 
 
@@ -265,15 +274,19 @@ def run_parts(job: Job, index: CSVIndex, parts: Sequence[int], workers: Workers)
         num_cpus=round(cpus, 4), num_gpus=1 if workers.use_gpu else None,
     )
     expected = {index.part(number).first_row for number in parts}
-    for batch in cluster.batches(reports):
-        for cell in batch["report"]:
-            report: PartReport = cluster.unpack(cell)
-            if report.first_row not in expected:
-                raise results.WorkError(f"the part of row {report.first_row} came back twice")
-            expected.remove(report.first_row)
-            yield report
+    try:
+        for batch in cluster.batches(reports):
+            for cell in batch["report"]:
+                report: PartReport = cluster.unpack(cell)
+                if report.first_row not in expected:
+                    raise WorkError(f"the part of row {report.first_row} came back twice")
+                expected.remove(report.first_row)
+                yield report
+    except UserError as error:
+        # A disk that is full, a file that is gone: from here on it is the work that failed, and it can be resumed.
+        raise WorkError(str(error)) from error
     if expected:
-        raise results.WorkError(f"{len(expected)} parts did not come back, the first of them at row {min(expected)}")
+        raise WorkError(f"{len(expected)} parts did not come back, the first of them at row {min(expected)}")
 
 
 class _Feeder:
@@ -284,7 +297,7 @@ class _Feeder:
 
     def feed(self, batch: dict[str, Any]) -> Iterator[dict[str, list[Any]]]:
         job = self.job
-        maker = _window_maker(job.model.digest, _Hidden((job.model, job.options, job.trust_remote_code)))
+        maker = _window_maker(job.model.digest, job.options, job.trust_remote_code, _Hidden(job.model))
         for part, table in reading.read_run(ray.get(job.index), batch, job.columns):
             table = usable_rows(job, table)
             windows = _make_windows(job, table, maker)
@@ -303,14 +316,13 @@ class _Hidden:
 
 
 @lru_cache(maxsize=2)
-def _window_maker(_digest: str, hidden: _Hidden) -> WindowMaker:
+def _window_maker(_digest: str, options: AnswerOptions, trust_remote_code: bool, shared: _Hidden) -> WindowMaker:
     """One tokenizer per process, however many tasks it runs."""
     from ray_qa.engine import window_maker
     from ray_qa.model import load_tokenizer
 
-    shared, options, trust_remote_code = hidden.value
     tokenizer, longest = load_tokenizer(
-        os.fspath(model_transfer.local_directory(shared)), trust_remote_code=trust_remote_code
+        os.fspath(model_transfer.local_directory(shared.value)), trust_remote_code=trust_remote_code
     )
     return window_maker(tokenizer, options, model_max_length=longest)
 

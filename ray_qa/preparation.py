@@ -407,10 +407,12 @@ _plans: dict[str, _Plan] = {}
 
 def _make_shard_in_task(key: str, plan: list[ray.ObjectRef[_Plan]], table: pa.Table) -> tuple[Facts, int]:
     """`make_shard`; a process unpacks the tokenizer once, not once per part."""
-    if key not in _plans:
+    # The key says what is prepared, the reference also where it goes.
+    place = f"{key} {plan[0].hex()}"
+    if place not in _plans:
         _plans.clear()
-        _plans[key] = ray.get(plan[0])
-    return make_shard(_plans[key], table)
+        _plans[place] = ray.get(plan[0])
+    return make_shard(_plans[place], table)
 
 
 def make_shard(plan: _Plan, table: pa.Table) -> tuple[Facts, int]:

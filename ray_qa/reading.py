@@ -59,7 +59,8 @@ def _map_on_cluster(function: Callable[[Any], Any], items: Sequence[Any]) -> Ite
     cluster.connect()
     call = ray.remote(num_cpus=1)(function)
     waiting = iter(items)
-    in_flight = int(sum(cluster.cpus_per_node())) * _CHUNKS_IN_FLIGHT_PER_CPU
+    # One at least: where there is no CPU yet, a waiting task makes an autoscaler add a node.
+    in_flight = max(1, sum(cluster.cpus_per_node()) * _CHUNKS_IN_FLIGHT_PER_CPU)
     pending = [call.remote(item) for item in itertools.islice(waiting, in_flight)]
     while pending:
         yield cluster.get(pending.pop(0))
@@ -149,6 +150,8 @@ def map_parts(
     ``columns`` and ``parts`` (ascending part numbers) are those wanted, None means all.
     """
     cluster.connect()
+    if not index.num_parts or (parts is not None and not len(parts)):
+        return
     mapper = partial(_call_on_parts, ray.put(index), None if columns is None else list(columns), function)
     results = part_runs(index, parts).map_batches(mapper, batch_size=1, batch_format="numpy")
     for batch in cluster.batches(results):

@@ -6,13 +6,14 @@ the endpoint and the credentials that the caller gave, to any worker.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob as local_glob
 import os
 import random
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
@@ -20,7 +21,7 @@ from typing import TypeVar
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from ray_qa.errors import InputError, OptionError, OutputError
+from ray_qa.errors import InputError, OptionError, OutputError, UserError
 
 T = TypeVar("T")
 PathLike = str | os.PathLike[str]
@@ -50,6 +51,11 @@ class Location:
     @property
     def is_local(self) -> bool:
         return isinstance(self.filesystem, pafs.LocalFileSystem)
+
+    @property
+    def full_name(self) -> str:
+        """What finds the place from anywhere: a local path in full, else the URI."""
+        return self.path if self.is_local else self.uri
 
     @property
     def name(self) -> str:
@@ -135,6 +141,26 @@ class Location:
             retry(lambda: self.filesystem.delete_file(self.path))
         except FileNotFoundError:
             pass
+
+
+@contextlib.contextmanager
+def usable_folder(location: Location | None) -> Iterator[None]:
+    """Make the folder and prove that it can be written, then check whatever else the caller may have got wrong.
+
+    Where that ends in a UserError, a folder that was not there before is taken away again.
+    """
+    if location is None:
+        yield
+        return
+    was_there = location.exists()
+    location.make_folder()
+    try:
+        yield
+    except UserError:
+        if location.is_local and not was_there:
+            with contextlib.suppress(OSError):
+                os.rmdir(location.path)
+        raise
 
 
 def retry(call: Callable[[], T], *, attempts: int = _RETRIES) -> T:

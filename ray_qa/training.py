@@ -9,7 +9,6 @@ Knows nothing of CSV, tokens or gradients: those are `preparation`'s and `optimi
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -36,7 +35,7 @@ from ray_qa import cluster, model_transfer, schema
 from ray_qa.bad_rows import check_label_rows
 from ray_qa.batches import TrainingSampler, collate, rank_slice
 from ray_qa.csv_index import CSVIndex, read_parts
-from ray_qa.errors import OutputError, RayQAError, UserError, WorkError
+from ray_qa.errors import OutputError, RayQAError, WorkError
 from ray_qa.evaluation import score_rows
 from ray_qa.labels import check_labels
 from ray_qa.metrics import Scores
@@ -44,7 +43,7 @@ from ray_qa.model_transfer import FinishedModel, SharedModel
 from ray_qa.options import AnswerOptions, CheckpointOptions, QATrainArgs
 from ray_qa.preparation import Prepared, keep_bad_rows, prepare
 from ray_qa.reading import index_input
-from ray_qa.storage import Location, PathLike, cache_home, locate
+from ray_qa.storage import Location, PathLike, cache_home, locate, usable_folder
 from ray_qa.windows import WindowMaker, Windows
 
 if TYPE_CHECKING:
@@ -135,24 +134,11 @@ def train(
     """
     args = QATrainArgs.of(args)
     target = locate(output, storage_options=storage_options) if output is not None else None
-    if target is None:
-        return _train_into(
-            None, input_paths, model, args, scaling, eval_paths, storage_path, trust_remote_code, checkpoints,
-            storage_options,
-        )
-    was_there = target.exists()
-    target.make_folder()
-    try:
+    with usable_folder(target):
         return _train_into(
             target, input_paths, model, args, scaling, eval_paths, storage_path, trust_remote_code, checkpoints,
             storage_options,
         )
-    except UserError:
-        # Nothing was written: not even a folder, unless something is in it.
-        if target.is_local and not was_there:
-            with contextlib.suppress(OSError):
-                os.rmdir(target.path)
-        raise
 
 
 def _train_into(
@@ -205,7 +191,7 @@ def _train_into(
         (target / _RUN).publish(json.dumps({"plan": plan_hash}).encode())
         keep_bad_rows(prepared, index, maker, args, target)
     # Only a run with an output folder can be found again.
-    run_name = uuid.uuid4().hex if target is None else _hash([plan_hash, prepared.key, target.uri])
+    run_name = uuid.uuid4().hex if target is None else _hash([plan_hash, prepared.key, target.full_name])
     folder = home / "checkpoints" / run_name
     try:
         done = train_windows(

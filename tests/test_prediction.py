@@ -82,6 +82,17 @@ def test_cpu_tasks_that_feed_the_workers_change_nothing(
     done = predict(zipped, model=tiny_model)
     assert isinstance(done.answers, list) and done.output_path is None
     assert done.answers == list(one_worker[1].answers)
+    # The processes of these tasks are used again: they must not keep the options of the run before.
+    short = predict(zipped, model=tiny_model, args={"max_seq_length": 16, "doc_stride": 2})
+    assert short.statistics.num_windows > done.statistics.num_windows
+
+
+def test_a_record_that_is_broken_late_is_found_before_anything_is_written(tiny_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"context,question\n" + b"Ann has 3.,who has 3?\n" * 600 + b"Zo\xeb has 3.,who?\n")
+    with pytest.raises(CSVError, match=r"rows\.csv, record 600, byte .*UTF-8"):
+        predict(path, model=tiny_model, output_path=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_same_run_again_computes_only_what_is_missing(

@@ -188,7 +188,7 @@ class TestOnRay:
         args = QATrainArgs(learning_rate=1e-3, num_train_epochs=12, logging_steps=5, precision="fp32")
         with caplog.at_level("INFO", logger="ray_qa"):
             result = train(path, model=str(tiny_model), args=args, output=output)
-        assert caplog.messages[0].startswith("training on 1 ") and "2 rows in 1 parts" in caplog.messages[0]
+        assert caplog.messages[0].startswith("train: 2 rows in 1 parts; 1 ")
         assert (result.num_rows, result.num_used_rows, result.num_windows) == (2, 2, 2)
         assert (result.num_steps, result.num_train_epochs, result.num_workers) == (12, 12.0, 1)
         assert result.last_loss < result.first_loss / 2
