@@ -7,9 +7,7 @@ last line on stdout is one JSON object that says what was done. Exit codes are t
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-import math
 import sys
 import time
 import traceback
@@ -266,16 +264,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _json(value: dict[str, Any]) -> str:
-    """One line; a figure that is not a number becomes null, which every JSON reader takes."""
-    return json.dumps(_finite(value), ensure_ascii=False)
+    from ray_qa.storage import json_text
 
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json_text(value)
 
 
 if __name__ == "__main__":

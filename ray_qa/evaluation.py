@@ -32,7 +32,7 @@ from ray_qa.labels import LabelReport, gold_answers
 from ray_qa.metrics import NullThresholds, RowScore, Scores, normalize, score_row
 from ray_qa.options import QAEvalArgs
 from ray_qa.prediction import Job, RunStatistics, resolve_precision, run_parts
-from ray_qa.storage import Location, PathLike, locate
+from ray_qa.storage import Location, PathLike, json_text, locate
 
 if TYPE_CHECKING:
     from ray_qa.engine import EngineOutput
@@ -172,7 +172,7 @@ def evaluate(
             except InputError as error:
                 too_little = error  # the figures are worth keeping all the same
         (output / REPORT_NAME).publish(report.render(figures, summary.worst).encode())
-        (output / FIGURES_NAME).publish(json.dumps(_finite(figures), ensure_ascii=False, indent=1).encode())
+        (output / FIGURES_NAME).publish(json_text(figures, indent=1).encode())
         if too_little is not None:
             raise too_little
     return done
@@ -222,15 +222,6 @@ def done_to_json(done: Evaluation) -> dict[str, Any]:
 
 def _or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _finite(value: Any) -> Any:
-    """``value`` with None for every number that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return _or_none(value) if isinstance(value, float) else value
 
 
 def _describe_input(index: CSVIndex) -> str:

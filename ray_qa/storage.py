@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob as local_glob
+import json
+import math
 import os
 import random
 import time
@@ -16,7 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -141,6 +143,19 @@ class Location:
             retry(lambda: self.filesystem.delete_file(self.path))
         except FileNotFoundError:
             pass
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """``value`` as JSON that every reader takes: a number that is not finite becomes null."""
+    return json.dumps(_finite(value), ensure_ascii=False, indent=indent)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextlib.contextmanager
