@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ray_qa.batches import split_by_tokens
+from ray_qa.dropout import FastDropout
 from ray_qa.errors import OptionError, WorkError
 from ray_qa.model import is_out_of_memory, to_device, window_losses
 from ray_qa.options import QATrainArgs
@@ -240,7 +241,7 @@ class Optimization:
             arrays = make_batch(positions)
             mask = arrays["attention_mask"]
             num_padded += mask.size
-            with self._autocast():
+            with self._autocast(), FastDropout():
                 output = self.model(**self._make_inputs(arrays))
             losses = window_losses(
                 output.start_logits, output.end_logits,

@@ -60,9 +60,9 @@ _RUN = "_run.json"
 _COLLECTIVE_TIMEOUT_S = 600
 # Ray Train looks at its workers this often; its own default of 2 s delays the end of every short training.
 _POLL_INTERVAL_S = "0.25"
-# Threads that wait for one another spin by default. On cores that anything else uses too, that made a step of a tiny
-# model four times as slow (docs/performance.md).
-_CPU_WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
+# Threads that wait for one another spin, by default for so long that a core which anything else uses too makes every
+# step several times as slow. About 10 microseconds cost little on idle cores (docs/performance.md).
+_CPU_WORKER_ENVIRONMENT = {"GOMP_SPINCOUNT": "3000"}
 
 
 @dataclass(frozen=True, kw_only=True)
