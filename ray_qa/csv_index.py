@@ -125,6 +125,11 @@ class CSVIndex:
     def num_parts(self) -> int:
         return len(self._part_starts)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the records' text, headers left out, decompressed."""
+        return sum(file.body_end - file.body_start for file in self.files)
+
     def part(self, i: int) -> Part:
         """Part ``i``, in row order; IndexError beyond the last."""
         if not 0 <= i < self.num_parts:
@@ -155,7 +160,8 @@ class CSVIndex:
 
 def index_csv(
     locations: Sequence[Location], *, required_columns: Sequence[str], delimiter: str | None = None,
-    chunk_bytes: int = CHUNK_BYTES, part_rows: int | None = None, map_chunks: MapChunks = map,
+    chunk_bytes: int = CHUNK_BYTES, part_rows: int | None = None, part_bytes: int | None = None,
+    map_chunks: MapChunks = map,
 ) -> CSVIndex:
     """Index CSV files, in the order given.
 
@@ -165,6 +171,7 @@ def index_csv(
         chunk_bytes: bytes that one call of a scan reads; no effect on the result.
         part_rows: rows in a part, about; None is clamp(rows / 20,000, 256, 32,768), fewer where rows are
             so long that the part would exceed 64 MiB. It depends on the input alone.
+        part_bytes: bytes in a part, about, whatever its rows; not together with ``part_rows``.
         map_chunks: calls a function on each item, results in order; `map`, a pool's, or Ray's.
             Function, items and results can be pickled.
 
@@ -175,9 +182,11 @@ def index_csv(
     """
     if delimiter is not None and delimiter not in _DELIMITERS:
         raise OptionError(f"delimiter is {delimiter!r}; allowed: {', '.join(map(repr, _DELIMITERS))} or None")
-    for name, value in (("chunk_bytes", chunk_bytes), ("part_rows", part_rows)):
+    for name, value in (("chunk_bytes", chunk_bytes), ("part_rows", part_rows), ("part_bytes", part_bytes)):
         if value is not None and value < 1:
             raise OptionError(f"{name} is {value!r}; allowed: a whole number of at least 1")
+    if part_rows is not None and part_bytes is not None:
+        raise OptionError("part_rows and part_bytes are both given; allowed: one of them")
     if not locations:
         raise InputError("no input file was given; allowed: at least one CSV file")
     delimiters = tuple(_DELIMITERS.values()) if delimiter is None else (_DELIMITERS[delimiter],)
@@ -200,7 +209,7 @@ def index_csv(
     for ordinal, (starts, rows, num_rows) in zip(irregular, walks, strict=True):
         file = replace(stitched[ordinal].file, num_rows=num_rows, mode="serial")
         stitched[ordinal] = _Stitched(file, starts, rows)
-    return _cut(stitched, part_rows)
+    return _cut(stitched, part_rows, part_bytes)
 
 
 def read_part(file: CSVFile, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
@@ -617,9 +626,11 @@ def _unclosed(file: CSVFile, start: int, record: int) -> CSVError:
 # --- cutting into parts -----------------------------------------------------------------------------
 
 
-def _cut(stitched: Sequence[_Stitched], part_rows: int | None) -> CSVIndex:
+def _cut(stitched: Sequence[_Stitched], part_rows: int | None, part_bytes: int | None) -> CSVIndex:
     num_rows = sum(found.file.num_rows for found in stitched)
     wanted = part_rows or min(max(-(-num_rows // PARTS_WANTED), MIN_PART_ROWS), MAX_PART_ROWS)
+    if part_bytes is not None:
+        wanted = max(1, num_rows)
     files: list[CSVFile] = []
     first_parts = [0]
     first_row = 0
@@ -630,7 +641,7 @@ def _cut(stitched: Sequence[_Stitched], part_rows: int | None) -> CSVIndex:
         rows = wanted
         if part_rows is None:
             body_bytes = max(1, file.body_end - file.body_start)
-            rows = max(1, min(wanted, file.num_rows * MAX_PART_BYTES // body_bytes))
+            rows = max(1, min(wanted, file.num_rows * (part_bytes or MAX_PART_BYTES) // body_bytes))
         cuts = np.arange(0, file.num_rows, rows, dtype=np.int64)
         chosen = np.unique(np.searchsorted(found.rows, cuts, side="right") - 1)
         part_starts.append(found.starts[chosen])
@@ -793,7 +804,7 @@ def _parse_fast(
             continue  # a record is longer than a block, or has too many or too few fields
         if table.num_rows != part.num_rows:
             raise _changed(file, part, f"{table.num_rows} records")
-        return table.select(chosen).combine_chunks().columns
+        return table.select(chosen).columns
     return None
 
 

@@ -24,6 +24,10 @@ CSV_SUFFIXES = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".csv.bz2", ".tsv.
 
 #: Runs that Ray Data schedules at most: beyond this, a task's fixed cost is shared by several parts.
 MAX_RUNS = 2_000
+#: Text that is worth a task: it is parsed in about as long as the task takes to start.
+RUN_BYTES = 8 << 20
+#: But as many runs as this for every CPU come first, so that all of them end at about the same time.
+_RUNS_PER_CPU = 8
 #: Chunks below this number are scanned by the driver: a task would cost more than it saves.
 _FEW_CHUNKS = 2
 _CHUNKS_IN_FLIGHT_PER_CPU = 2
@@ -33,7 +37,8 @@ PARTS = "parts"
 
 def index_input(
     paths: PathLike | Sequence[PathLike], *, required_columns: Sequence[str], delimiter: str | None = None,
-    part_rows: int | None = None, storage_options: Mapping[str, object] | None = None,
+    part_rows: int | None = None, part_bytes: int | None = None,
+    storage_options: Mapping[str, object] | None = None,
 ) -> CSVIndex:
     """Find the files and index them, large ones in parallel.
 
@@ -46,7 +51,7 @@ def index_input(
     locations = storage.expand(paths, suffixes=CSV_SUFFIXES, storage_options=storage_options)
     return index_csv(
         locations, required_columns=required_columns, delimiter=delimiter, part_rows=part_rows,
-        map_chunks=_map_on_cluster,
+        part_bytes=part_bytes, map_chunks=_map_on_cluster,
     )
 
 
@@ -68,23 +73,24 @@ def _map_on_cluster(function: Callable[[Any], Any], items: Sequence[Any]) -> Ite
 
 
 def part_runs(
-    index: CSVIndex, parts: Sequence[int] | None = None, *, cell_per_block: bool = False
+    index: CSVIndex, parts: Sequence[int] | None = None, *, parts_per_run: int = 1, cell_per_block: bool = False
 ) -> ray.data.Dataset:
     """A dataset with one row a run, in a block of its own; column ``parts``: list of part numbers.
 
-    ``parts`` (ascending) are the parts wanted, None means all. The parts of a compressed file stay in one run,
+    ``parts`` (ascending) are the parts wanted, None means all; a run takes ``parts_per_run`` of them, or more where
+    they are very many. The parts of a compressed file stay in one run,
     because it can only be read from its beginning. With ``cell_per_block`` each row of a later step is a block of its
     own, for steps whose rows are whole parts; otherwise all parts of a run could end up with one worker.
     """
     cluster.connect()
     wanted = np.arange(index.num_parts) if parts is None else np.asarray(parts, dtype=np.int64)
-    per_run = -(-len(wanted) // MAX_RUNS)
+    per_run = max(parts_per_run, -(-len(wanted) // MAX_RUNS))
     runs: list[list[int]] = []
     last_file = -1
     for number in wanted.tolist():
         file = index.part(number).file
-        is_stream = index.files[file].compression is not None
-        if file != last_file or (len(runs[-1]) >= per_run and not is_stream):
+        goes_on = file == last_file and index.files[file].compression is not None
+        if not runs or (len(runs[-1]) >= per_run and not goes_on):
             runs.append([])
         runs[-1].append(number)
         last_file = file
@@ -128,7 +134,8 @@ def read_csv(
     """
     cluster.connect()
     index = index_input(
-        paths, required_columns=columns or (), delimiter=delimiter, storage_options=storage_options
+        paths, required_columns=columns or (), delimiter=delimiter, part_bytes=RUN_BYTES,
+        storage_options=storage_options,
     )
     reader = partial(_read_tables, ray.put(index), None if columns is None else list(columns))
     return part_runs(index).map_batches(reader, batch_size=1, batch_format="numpy")
@@ -153,7 +160,11 @@ def map_parts(
     if not index.num_parts or (parts is not None and not len(parts)):
         return
     mapper = partial(_call_on_parts, ray.put(index), None if columns is None else list(columns), function)
-    results = part_runs(index, parts).map_batches(mapper, batch_size=1, batch_format="numpy")
+    num_parts = index.num_parts if parts is None else len(parts)
+    worth_a_task = RUN_BYTES * index.num_parts // max(1, index.num_bytes)
+    fair_share = num_parts // (_RUNS_PER_CPU * max(1, sum(cluster.cpus_per_node())))
+    runs = part_runs(index, parts, parts_per_run=max(1, min(worth_a_task, fair_share)))
+    results = runs.map_batches(mapper, batch_size=1, batch_format="numpy")
     for batch in cluster.batches(results):
         for cell in batch["result"]:
             yield cluster.unpack(cell)

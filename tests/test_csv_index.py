@@ -311,6 +311,16 @@ def test_rows_in_a_part_follow_the_input_alone(tmp_path, monkeypatch):
     assert [part.num_rows for part in index(location, part_rows=600).parts()] == [600, 400]
 
 
+def test_parts_by_bytes(tmp_path):
+    location = write(tmp_path, b"q,r\n" + b"a,b\n" * 10_000)
+    assert [part.num_rows for part in index(location, part_bytes=12_000).parts()] == [3000, 3000, 3000, 1000]
+    assert index(location, part_bytes=1 << 30).num_parts == 1
+    assert index(location, part_bytes=1).num_parts == 10_000
+    assert index(location).num_bytes == 40_000
+    with pytest.raises(OptionError, match="part_rows and part_bytes are both given"):
+        index(location, part_bytes=1, part_rows=1)
+
+
 def test_parts_are_near_the_wanted_size_in_larger_files(tmp_path):
     data, rows = table_bytes(30_000)
     sizes = [part.num_rows for part in index(write(tmp_path, data)).parts()]
