@@ -33,7 +33,7 @@ class _Source:
     """CSV files, folders or globs; local paths or URIs such as s3://bucket/rows.csv."""
 
     model: str
-    """A name on the Hugging Face Hub, or a folder with config.json, tokenizer.json and *.safetensors.
+    """A name on the Hugging Face Hub, or a folder (a path or a URI) with config.json, tokenizer.json and *.safetensors.
     A hub token is taken from the environment variable HF_TOKEN."""
 
     revision: str | None = None
@@ -72,6 +72,10 @@ class TrainJob(_Common):
 
     eval_input: tuple[str, ...] = ()
     """CSV files to evaluate on after every epoch; the figures stand under "evaluations"."""
+
+    storage_path: str | None = None
+    """Folder for prepared windows and checkpoints, which all nodes see; otherwise RAY_QA_HOME, otherwise
+    ~/.cache/ray_qa."""
 
     options: Annotated[QATrainArgs, tyro.conf.arg(name="")] = dataclasses.field(default_factory=QATrainArgs)
 
@@ -132,8 +136,8 @@ def _train(job: TrainJob) -> dict[str, Any]:
 
     result = train(
         job.input, model=_model(job), args=job.options, output=job.output, scaling=_scaling(job),
-        eval_paths=job.eval_input or None, trust_remote_code=job.trust_remote_code, checkpoints=job.checkpoints,
-        storage_options=job.storage_options,
+        eval_paths=job.eval_input or None, storage_path=job.storage_path, trust_remote_code=job.trust_remote_code,
+        checkpoints=job.checkpoints, storage_options=job.storage_options,
     )
     done = result.to_json()
     done.pop("history")  # stands in result.json
@@ -203,7 +207,8 @@ def _model(job: _Source) -> ModelSource:
 
     # The functions refuse an untrained head themselves, where they must.
     return resolve_model(
-        job.model, revision=job.revision, trust_remote_code=job.trust_remote_code, allow_untrained_head=True
+        job.model, revision=job.revision, trust_remote_code=job.trust_remote_code, allow_untrained_head=True,
+        storage_options=job.storage_options,
     )
 
 

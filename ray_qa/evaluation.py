@@ -103,7 +103,7 @@ def evaluate(
 
     Args:
         input_paths: a file, a folder, a glob, or a list of these; local or a URI.
-        model: a folder, a name on the hub, or what `model.resolve_model` found.
+        model: a folder (a path or a URI), a name on the hub, or what `model.resolve_model` found.
         output_path: a folder for eval.json, report.html and details/part-*.parquet (one line per row, schema
             `slices.DETAILS`); an earlier evaluation in it is replaced.
         calibrate: also fit what turns scores into probabilities (see `calibration`) and write it to calibration.json,
@@ -120,7 +120,10 @@ def evaluate(
     args = QAEvalArgs.of(args)
     if calibrate and output_path is None:
         raise OptionError("calibrate is True without an output folder; allowed: False, or an output folder")
-    model = as_source(model, trust_remote_code=trust_remote_code, allow_untrained_head=allow_untrained_head)
+    model = as_source(
+        model, trust_remote_code=trust_remote_code, allow_untrained_head=allow_untrained_head,
+        storage_options=storage_options,
+    )
     index = reading.index_input(
         input_paths, required_columns=schema.TRAIN_COLUMNS, delimiter=args.delimiter, storage_options=storage_options
     )

@@ -15,14 +15,18 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import struct
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.fs as pafs
 import torch
 import torch.nn.functional as F
 from transformers import (
@@ -35,6 +39,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ray_qa.errors import ModelError, OptionError
+from ray_qa.storage import Location, cache_home, locate
 
 HEAD_SEED = 42
 
@@ -212,15 +217,18 @@ def resolve_model(
     token: str | bool | None = None,
     trust_remote_code: bool = False,
     allow_untrained_head: bool = False,
+    storage_options: Mapping[str, object] | None = None,
 ) -> ModelSource:
     """Find a model in a folder or on the Hugging Face Hub, and check its files without loading them.
 
     Args:
-        name_or_dir: a folder, or a name on the hub such as "distilbert-base-cased-distilled-squad".
+        name_or_dir: a folder, a URI of one (its files are copied under the cache home, once), or a name on the
+            hub such as "distilbert-base-cased-distilled-squad".
         revision: branch, tag or commit on the hub.
         token: hub token; never stored and never logged.
         trust_remote_code: allow Python code that comes with the model.
         allow_untrained_head: accept an encoder without a question-answering head.
+        storage_options: endpoint and credentials for a URI; see `storage.locate`.
 
     Raises:
         ModelError: no such model, the hub is out of reach, no safetensors weights, no tokenizer, no
@@ -228,7 +236,9 @@ def resolve_model(
     """
     name = os.fspath(name_or_dir)
     directory = Path(name).expanduser()
-    if directory.is_dir():
+    if "://" in name:
+        directory = _from_storage(locate(name, storage_options=storage_options), trust_remote_code=trust_remote_code)
+    elif directory.is_dir():
         directory = directory.absolute()
     elif directory.exists():
         raise ModelError(f"model {name!r} is a file; allowed: a folder with config.json, or a name on the hub")
@@ -243,7 +253,8 @@ def resolve_model(
 
 
 def as_source(
-    model: ModelSource | str | os.PathLike[str], *, trust_remote_code: bool = False, allow_untrained_head: bool = False
+    model: ModelSource | str | os.PathLike[str], *, trust_remote_code: bool = False,
+    allow_untrained_head: bool = False, storage_options: Mapping[str, object] | None = None,
 ) -> ModelSource:
     """A model that was found already, or one to be found; either way checked for a trained head.
 
@@ -251,7 +262,10 @@ def as_source(
         ModelError: see `resolve_model`.
     """
     if not isinstance(model, ModelSource):
-        return resolve_model(model, trust_remote_code=trust_remote_code, allow_untrained_head=allow_untrained_head)
+        return resolve_model(
+            model, trust_remote_code=trust_remote_code, allow_untrained_head=allow_untrained_head,
+            storage_options=storage_options,
+        )
     if not model.has_head and not allow_untrained_head:
         raise ModelError(_no_head(model.name))
     return model
@@ -316,6 +330,42 @@ def _from_hub(name: str, *, revision: str | None, token: str | bool | None, trus
     finally:
         if not quiet:
             enable_progress_bars()
+
+
+def _from_storage(folder: Location, *, trust_remote_code: bool) -> Path:
+    """A copy of the folder's files under the cache home, named by what the store says of them."""
+    if folder.is_local:
+        return Path(folder.path)
+    patterns = (*_WEIGHT_FILES, *_TEXT_FILES, *_PICKLES, *(("*.py",) if trust_remote_code else ()))
+    try:
+        files = [
+            info for info in folder.list()
+            if info.type == pafs.FileType.File and any(fnmatch(info.base_name, pattern) for pattern in patterns)
+        ]
+        if not files:
+            raise ModelError(f"model {folder.uri!r}: there is no such folder, or it holds no file of a model")
+        facts = [(info.base_name, info.size, info.mtime_ns) for info in files]
+        target = cache_home() / "fetched" / hashlib.sha256(json.dumps([folder.uri, facts]).encode()).hexdigest()[:32]
+        if target.is_dir():
+            return target
+        staged = target.with_name(f"_{target.name}.{uuid.uuid4().hex}")
+        staged.mkdir(parents=True)
+        try:
+            for info in files:
+                if any(fnmatch(info.base_name, pattern) for pattern in _PICKLES):
+                    (staged / info.base_name).touch()  # never fetched, only named where it is the reason for a refusal
+                    continue
+                pafs.copy_files(
+                    info.path, os.fspath(staged / info.base_name), source_filesystem=folder.filesystem,
+                    destination_filesystem=pafs.LocalFileSystem(),
+                )
+            with contextlib.suppress(OSError):  # another process may have been first
+                staged.rename(target)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+        return target
+    except OSError as error:
+        raise ModelError(f"model {folder.uri!r} cannot be read ({error})") from error
 
 
 def _check_files(directory: Path, name: str, *, trust_remote_code: bool) -> None:

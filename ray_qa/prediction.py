@@ -153,7 +153,7 @@ def predict(
 
     Args:
         input_paths: a file, a folder, a glob, or a list of these; local or a URI.
-        model: a folder, a name on the hub, or what `model.resolve_model` found.
+        model: a folder (a path or a URI), a name on the hub, or what `model.resolve_model` found.
         output_path: a folder for Parquet parts in CSV order; None collects a list in the driver. The same call
             on an unfinished folder computes only what is missing.
         overwrite: throw away another run's output in that folder.
@@ -166,7 +166,10 @@ def predict(
     from ray_qa.model import as_source, load_tokenizer
 
     args = QATestArgs.of(args)
-    model = as_source(model, trust_remote_code=trust_remote_code, allow_untrained_head=allow_untrained_head)
+    model = as_source(
+        model, trust_remote_code=trust_remote_code, allow_untrained_head=allow_untrained_head,
+        storage_options=storage_options,
+    )
     tokenizer, longest = load_tokenizer(model.directory, trust_remote_code=trust_remote_code)
     checked_window_maker(tokenizer, args, model_max_length=longest)
     index = reading.index_input(

@@ -311,7 +311,9 @@ def survey(
     index = index_input(
         input_paths, required_columns=schema.TRAIN_COLUMNS, delimiter=args.delimiter, storage_options=storage_options
     )
-    source = as_source(model, trust_remote_code=trust_remote_code, allow_untrained_head=True)
+    source = as_source(
+        model, trust_remote_code=trust_remote_code, allow_untrained_head=True, storage_options=storage_options
+    )
     tokenizer, longest = load_tokenizer(source.directory, trust_remote_code=trust_remote_code)
     maker = WindowMaker(
         tokenizer, max_seq_length=args.max_seq_length, doc_stride=args.doc_stride, pair_order=args.pair_order,

@@ -32,7 +32,7 @@ class HappyQuestionAnswering:
     Args:
         model_type: the model's family, such as "DISTILBERT"; kept for programs written for Happy Transformer,
             the model's own configuration decides.
-        model_name: a name on the Hugging Face Hub, or a folder.
+        model_name: a name on the Hugging Face Hub, or a folder (a path or a URI).
         load_path: a folder that `save` or a training wrote; takes the place of ``model_name``.
         use_auth_token, token: hub token; never logged, never stored.
         trust_remote_code: run Python code that comes with the model.
@@ -61,7 +61,7 @@ class HappyQuestionAnswering:
         # A head may be missing here: training makes one, eval and test refuse.
         self._source = resolve_model(
             load_path or model_name, revision=revision, token=use_auth_token if token is None else token,
-            trust_remote_code=trust_remote_code, allow_untrained_head=True,
+            trust_remote_code=trust_remote_code, allow_untrained_head=True, storage_options=storage_options,
         )
         self._engine: tuple[object, engine.Engine] | None = None
 

@@ -159,7 +159,9 @@ def _train_into(
             eval_paths, required_columns=schema.TRAIN_COLUMNS, delimiter=args.delimiter,
             storage_options=storage_options,
         )
-    source = as_source(model, trust_remote_code=trust_remote_code, allow_untrained_head=True)
+    source = as_source(
+        model, trust_remote_code=trust_remote_code, allow_untrained_head=True, storage_options=storage_options
+    )
     eval_digest = None if eval_index is None else eval_index.digest
     plan_hash = _plan_hash([index.digest, eval_digest, source.digest], args)
     if target is not None:

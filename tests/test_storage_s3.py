@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import pickle
 import re
 import socket
@@ -12,13 +13,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
 import ray
 
-from ray_qa import open_results, reading, results
+from ray_qa import cli, open_results, reading, results
 from ray_qa.errors import InputError, OptionError, OutputError
 from ray_qa.prediction import predict
 from ray_qa.storage import Location, expand, locate
@@ -181,3 +183,38 @@ def test_workers_read_and_write_with_the_drivers_options(server: Server, tiny_mo
     again = predict(folder, model=tiny_model, output_path=output, storage_options=server.options)
     assert 0 < again.num_resumed_rows < 600
     assert list(open_results(output, storage_options=server.options)) == list(done.answers)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_a_model_goes_from_store_to_store(
+    server: Server, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows, model, checkpoints and the tuned model on S3, by the jobs with ``--endpoint-url``; then evaluated there."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+
+    def at(path: str) -> str:
+        return f"s3://{BUCKET}/tuning/{path}"
+
+    def run(job: str, *arguments: str) -> dict[str, Any]:
+        assert cli.main([job, *arguments, "--endpoint-url", server.endpoint]) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    row = '"Ann has 3,\nBob none.",who has 3?,Ann,0\n'
+    locate(at("rows.csv"), storage_options=server.options).publish(
+        ("context,question,answer_text,answer_start\n" + row * 4).encode()
+    )
+    for file in tiny_model.iterdir():
+        locate(at(f"start/{file.name}"), storage_options=server.options).publish(file.read_bytes())
+    trained = run(
+        "train", "--input", at("rows.csv"), "--model", at("start"), "--output", at("tuned"), "--storage-path",
+        at("home"), "--max-steps", "2", "--batch-size", "2", "--save-steps", "1", "--precision", "fp32",
+    )
+    assert (trained["num_rows"], trained["num_steps"], trained["model_directory"]) == (4, 2, at("tuned"))
+    saved = re.findall(r'"PUT /ray-qa/tuning/home/checkpoints/\w+/step-000000000001/([\w.]+)', server.log.read_text())
+    assert {"model.safetensors", "optimizer.safetensors", "checkpoint.json"} <= set(saved)
+    figures = run("eval", "--input", at("rows.csv"), "--model", at("tuned"), "--output", at("evaluation"))
+    assert figures["num_rows"] == 4 and figures["loss"] < trained["first_loss"]
+    stored = locate(at("evaluation/eval.json"), storage_options=server.options).read_bytes().to_pybytes()
+    assert json.loads(stored)["loss"] == figures["loss"]
