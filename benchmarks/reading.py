@@ -23,6 +23,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ray_qa.reading import RUN_BYTES
+
 WORDS = (
     "the of and in to a was is for as on with by that it from at his an were are which this also be had or has first "
     "their its new after but who not they have her she two been other when there all during into school time"
@@ -111,12 +113,12 @@ def measure_alone(read: Callable[[Path], int], path: Path, num_cpus: int, repeat
             results.put((rows, time.perf_counter() - started))
 
 
-def peak_of_worker(path: Path, results) -> None:
+def peak_of_worker(path: Path, part_bytes: int | None, results) -> None:
     """Peak memory (bytes) of a process that parses part after part, above what it has after its imports."""
     from ray_qa import csv_index
     from ray_qa.storage import locate
 
-    index = csv_index.index_csv([locate(path)], required_columns=["context"])
+    index = csv_index.index_csv([locate(path)], required_columns=["context"], part_bytes=part_bytes)
     process = multiprocessing.get_context("spawn").Process(target=_parse_parts, args=(index, results))
     process.start()
     process.join()
@@ -206,11 +208,18 @@ def main() -> None:
                 f"| {name} | {median:.2f} | {size / 1e6 / median:.0f} | {expected / median:,.0f} "
                 f"| {median / ours:.2f} |", flush=True,
             )
-        for peak, part_bytes, num_parts in in_process(peak_of_worker, path):
-            print(
-                f"\nA process that parses all {num_parts:,} parts: {peak / 1e6:.1f} MB above its imports, "
-                f"{peak / part_bytes:.1f} times the largest part ({part_bytes / 1e6:.2f} MB)"
-            )
+        print("\n| a process that parses every part of | parts | largest part | peak above its imports | in parts |")
+        print("|---|---|---|---|---|")
+        tenth = path.with_name("tenth.csv")
+        make_csv(tenth, size // 10)
+        for what, part_bytes in (("read_csv", RUN_BYTES), ("the jobs", None)):
+            for file in (tenth, path):
+                for peak, largest, num_parts in in_process(peak_of_worker, file, part_bytes):
+                    gigabytes = file.stat().st_size / 1e9
+                    print(
+                        f"| {gigabytes:.2f} GB, in parts of {what} | {num_parts:,} | {largest / 1e6:.2f} MB "
+                        f"| {peak / 1e6:.1f} MB | {peak / largest:.1f} |", flush=True,
+                    )
 
 
 if __name__ == "__main__":

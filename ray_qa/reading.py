@@ -20,7 +20,7 @@ from ray_qa import cluster, storage
 from ray_qa.csv_index import CSVIndex, Part, index_csv, read_parts
 from ray_qa.storage import PathLike
 
-CSV_SUFFIXES = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".csv.bz2", ".tsv.bz2", ".csv.zst", ".tsv.zst")
+CSV_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".csv.bz2", ".tsv.bz2", ".csv.zst", ".tsv.zst")
 
 #: Runs that Ray Data schedules at most: beyond this, a task's fixed cost is shared by several parts.
 MAX_RUNS = 2_000
