@@ -127,7 +127,7 @@ def peak_of_worker(path: Path, part_bytes: int | None, results) -> None:
 def _parse_parts(index, results) -> None:
     import psutil
 
-    from ray_qa import csv_index
+    from ray_qa import csv_parse
 
     process = psutil.Process()
     baseline = process.memory_info().rss
@@ -141,7 +141,7 @@ def _parse_parts(index, results) -> None:
 
     thread = threading.Thread(target=watch)
     thread.start()
-    for _, _table in csv_index.read_parts(index.files[0], index.parts()):
+    for _, _table in csv_parse.read_parts(index.files[0], index.parts()):
         peak = max(peak, process.memory_info().rss)
     done.set()
     thread.join()

@@ -26,7 +26,8 @@ from ray.train import ScalingConfig
 import ray_qa
 from ray_qa import calibration, cluster, model_transfer, reading, report, results, schema, slices
 from ray_qa.bad_rows import check_label_rows
-from ray_qa.csv_index import CSVIndex, Part
+from ray_qa.csv_file import Part
+from ray_qa.csv_index import CSVIndex
 from ray_qa.errors import InputError, OptionError, OutputError, WorkError
 from ray_qa.labels import LabelReport, gold_answers
 from ray_qa.metrics import NullThresholds, RowScore, Scores, normalize, score_row

@@ -27,7 +27,8 @@ from ray.train import ScalingConfig
 import ray_qa
 from ray_qa import cluster, model_transfer, reading, results, schema
 from ray_qa.cluster import Workers
-from ray_qa.csv_index import CSVIndex, Part
+from ray_qa.csv_file import Part
+from ray_qa.csv_index import CSVIndex
 from ray_qa.errors import UserError, WorkError
 from ray_qa.labels import check_labels
 from ray_qa.model_transfer import SharedModel

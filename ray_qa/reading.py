@@ -17,7 +17,9 @@ import ray
 import ray.data
 
 from ray_qa import cluster, storage
-from ray_qa.csv_index import CSVIndex, Part, index_csv, read_parts
+from ray_qa.csv_file import Part
+from ray_qa.csv_index import CSVIndex, index_csv
+from ray_qa.csv_parse import read_parts
 from ray_qa.storage import PathLike
 
 CSV_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".csv.bz2", ".tsv.bz2", ".csv.zst", ".tsv.zst")
@@ -108,7 +110,7 @@ def part_runs(
 def read_run(
     index: CSVIndex, batch: Mapping[str, Any], columns: Sequence[str] | None = None
 ) -> Iterator[tuple[Part, pa.Table]]:
-    """The parts that one row of `part_runs` names, each with its table (see `csv_index.read_part`)."""
+    """The parts that one row of `part_runs` names, each with its table (see `csv_parse.read_part`)."""
     (numbers,) = batch[PARTS]
     parts = (index.part(int(number)) for number in numbers)
     for file, group in itertools.groupby(parts, key=lambda part: part.file):

@@ -34,7 +34,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray_qa import cluster, model_transfer, schema
 from ray_qa.bad_rows import check_label_rows
 from ray_qa.batches import TrainingSampler, collate, rank_slice
-from ray_qa.csv_index import CSVIndex, read_parts
+from ray_qa.csv_index import CSVIndex
+from ray_qa.csv_parse import read_parts
 from ray_qa.errors import OutputError, RayQAError, WorkError
 from ray_qa.evaluation import score_rows
 from ray_qa.labels import check_labels

@@ -48,7 +48,8 @@ def imported_by(statement: str) -> set[str]:
 @pytest.mark.parametrize(
     "name",
     ["errors", "options", "schema", "storage"]
-    + ["csv_index", "labels", "windows", "batches", "spans", "metrics", "slices", "calibration", "report", "results"]
+    + ["csv_file", "csv_scan", "csv_parse", "csv_index"]
+    + ["labels", "windows", "batches", "spans", "metrics", "slices", "calibration", "report", "results"]
     + ["cli"],
 )
 def test_import_of_module_is_light(name: str) -> None:

@@ -21,7 +21,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from ray_qa import csv_index, storage
-from ray_qa.csv_index import CSVIndex, index_csv, read_part, read_parts
+from ray_qa.csv_index import CSVIndex, index_csv
+from ray_qa.csv_parse import read_part, read_parts
 from ray_qa.errors import CSVError, InputError, OptionError
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -493,18 +494,18 @@ def test_worker_memory_stays_near_its_part(tmp_path):
     path.write_bytes(b"q,r\n" + row * 80_000)
     script = f"""
 import pyarrow.csv
-from ray_qa import csv_index, storage
+from ray_qa import csv_index, csv_parse, storage
 
 def status(name):
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(name))
 
 location = storage.locate({str(path)!r})
 small = csv_index.index_csv([location], required_columns=["q"], chunk_bytes=1 << 20, part_rows=20)
-csv_index.read_part(small.files[0], small.part(0))
+csv_parse.read_part(small.files[0], small.part(0))
 base = status("VmRSS")
 found = csv_index.index_csv([location], required_columns=["q"], chunk_bytes=8 << 20, part_rows=10_000)
 print((status("VmHWM") - base) / (8 << 20))
-for part, table in csv_index.read_parts(found.files[0], found.parts()):
+for part, table in csv_parse.read_parts(found.files[0], found.parts()):
     del table
 print((status("VmHWM") - base) / (part.end - part.start))
 """

@@ -15,7 +15,7 @@ from ray.train import ScalingConfig
 
 from ray_qa import evaluation, prediction, schema, slices
 from ray_qa.calibration import Calibration
-from ray_qa.csv_index import Part
+from ray_qa.csv_file import Part
 from ray_qa.engine import Engine
 from ray_qa.errors import BadRowsError, CSVError, InputError, OptionError
 from ray_qa.evaluation import evaluate

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pytest
 
 from ray_qa import preparation, schema
-from ray_qa.csv_index import CSVIndex, index_csv, read_part
+from ray_qa.csv_index import CSVIndex, index_csv
+from ray_qa.csv_parse import read_part
 from ray_qa.errors import BadRowsError, InputError
 from ray_qa.model import load_tokenizer
 from ray_qa.options import QATrainArgs

@@ -26,7 +26,8 @@ from safetensors.torch import load_file
 
 from ray_qa import schema
 from ray_qa.batches import TrainingSampler, collate, rank_slice
-from ray_qa.csv_index import CSVIndex, index_csv, read_part
+from ray_qa.csv_index import CSVIndex, index_csv
+from ray_qa.csv_parse import read_part
 from ray_qa.errors import BadRowsError, InputError, OutputError, WorkError
 from ray_qa.evaluation import evaluate
 from ray_qa.labels import LabelReport
