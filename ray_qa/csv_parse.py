@@ -34,6 +34,7 @@ from ray_qa.errors import CSVError
 from ray_qa.schema import ROW_INDEX
 
 _PARSE_BLOCK = 1 << 20
+_LARGE_PART = 1 << 20
 
 
 def read_part(file: CSVFile, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
@@ -48,7 +49,11 @@ def read_part(file: CSVFile, part: Part, columns: Sequence[str] | None = None) -
     if file.compression is not None:
         ((_, table),) = read_parts(file, [part], columns)
         return table
-    return _parse(file, part, read_range(file, part.start, part.end), columns)
+    table = _parse(file, part, read_range(file, part.start, part.end), columns)
+    if part.end - part.start >= _LARGE_PART:
+        # The part's text and what parsing used would stay with the allocator, more with every part.
+        pa.default_memory_pool().release_unused()
+    return table
 
 
 def read_parts(

@@ -27,7 +27,7 @@ CSV_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".csv.bz2", ".tsv.bz2", ".
 #: Runs that Ray Data schedules at most: beyond this, a task's fixed cost is shared by several parts.
 MAX_RUNS = 2_000
 #: Text that is worth a task: it is parsed in about as long as the task takes to start.
-RUN_BYTES = 8 << 20
+RUN_BYTES = 16 << 20
 #: But as many runs as this for every CPU come first, so that all of them end at about the same time.
 _RUNS_PER_CPU = 8
 #: Chunks below this number are scanned by the driver: a task would cost more than it saves.
