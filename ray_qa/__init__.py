@@ -15,7 +15,7 @@ from ray_qa.options import ARGS_QA_TRAIN, QAEvalArgs, QATestArgs, QATrainArgs
 from ray_qa.schema import QuestionAnsweringResult
 
 if TYPE_CHECKING:
-    from ray_qa.evaluation import EvalResult, evaluate
+    from ray_qa.evaluation import EvalResult, compare, evaluate
     from ray_qa.prediction import predict
     from ray_qa.question_answering import HappyQuestionAnswering
     from ray_qa.reading import read_csv
@@ -34,6 +34,7 @@ __all__ = [
     "QuestionAnsweringResult",
     "RayQAError",
     "UserError",
+    "compare",
     "evaluate",
     "open_results",
     "predict",
@@ -45,6 +46,7 @@ __all__ = [
 _MODULE_OF = {
     "EvalResult": "evaluation",
     "HappyQuestionAnswering": "question_answering",
+    "compare": "evaluation",
     "evaluate": "evaluation",
     "open_results": "results",
     "predict": "prediction",

@@ -4,25 +4,33 @@ A score says how sure the model is, not how often it is right. Two numbers mend 
 divided by a temperature and moved by an offset (Platt 1999; with offset 0 it is temperature scaling, Guo et al. 2017),
 which keeps the order of the answers. Whether it helps is measured on contexts that the fit has not seen.
 
+Whoever wants "answers that are right 95 times in 100" gets the lowest score from which on the rows of the fit prove it
+(see `lowest_score`). Both work on answers to come as far as those are like the rows of the fit.
+
 Knows scores, outcomes and which rows share a context; not models, files or workers.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from ray_qa.errors import InputError
+from ray_qa import schema
+from ray_qa.errors import InputError, OptionError
 
 FloatArray = npt.NDArray[np.floating[Any]]
 BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.integer[Any]]
+
+#: The file beside a model that `to_json` fills.
+FILE_NAME = "calibration.json"
 
 #: Rows that a sample keeps at most. Whole contexts are left out, by their identity, not by their place.
 MAX_SAMPLE = 200_000
@@ -30,6 +38,11 @@ MAX_SAMPLE = 200_000
 MIN_ROWS, MIN_CONTEXTS, MIN_EACH = 50, 10, 5
 NUM_RESAMPLES = 1_000
 _EDGE = 1e-6
+#: Steps of the score that are kept to find a threshold with.
+NUM_STEPS = 500
+#: How sure a target precision is: the chance that it is missed on rows like those of the fit.
+RISK = 0.05
+_NUM_STARTS = 5
 # A little pull towards 1 / temperature = 1 and, weaker, offset = 0: outcomes that a threshold separates have a finite
 # fit, and scores that are all alike are mended by the offset.
 _PULL = np.array([1.0, 0.01])
@@ -46,6 +59,27 @@ class Calibration:
     def probability(self, score: FloatArray) -> FloatArray:
         """Of each score (0..1) the probability that the answer is right."""
         return _sigmoid(_log_odds(score) / self.temperature + self.offset)
+
+
+@dataclass(frozen=True)
+class Probabilities:
+    """Adds to predictions the probability of being right and, with ``min_probability``, whether to abstain."""
+
+    calibration: Calibration
+    min_probability: float | None = None
+
+    def add_to(self, predictions: pa.Table) -> pa.Table:
+        """A table with schema `schema.PREDICTIONS` and the columns ``probability`` (null where the row has an error)
+        and, with ``min_probability``, ``abstain``; answers stay as they are."""
+        known = predictions["error"].is_null().to_numpy()
+        probability = self.calibration.probability(predictions["score"].to_numpy().astype(np.float64))
+        table = predictions.append_column(schema.PROBABILITY, pa.array(probability, mask=~known))
+        if self.min_probability is None:
+            return table
+        return table.append_column(schema.ABSTAIN, pa.array(~known | (probability < self.min_probability)))
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.calibration) | {"min_probability": self.min_probability}
 
 
 @dataclass(frozen=True)
@@ -191,9 +225,101 @@ def bootstrap_interval(values: FloatArray, cluster: IntArray, *, seed: int = 0) 
     return float(low), float(high)
 
 
-def to_json(calibration: Calibration, figures: Mapping[str, Any], null_threshold: float | None) -> dict[str, Any]:
-    """What calibration.json holds: the two numbers, the null threshold (None without null answers), and the figures."""
-    return dataclasses.asdict(calibration) | {"null_threshold": null_threshold} | dict(figures)
+class Step(NamedTuple):
+    """The rows of a fit that score at least ``score``: how many there are, and how many of them are right."""
+
+    score: float
+    num_rows: int
+    num_right: int
+
+
+def steps_of(sample: Sample) -> list[Step]:
+    """At most `NUM_STEPS` steps from the highest score down to all rows; where they lie, the scores alone decide."""
+    order = np.argsort(-sample.score, kind="stable")
+    score, right = sample.score[order], np.cumsum(sample.right[order])
+    last = np.flatnonzero(np.append(score[1:] != score[:-1], len(score) > 0))  # rows of one score stay together
+    wanted = np.linspace(0, len(last) - 1, min(NUM_STEPS, len(last))).astype(np.int64)
+    return [Step(float(score[i]), i + 1, int(right[i])) for i in last[wanted].tolist()]
+
+
+def lowest_score(steps: Sequence[Step], target: float) -> Step | None:
+    """The lowest step whose rows prove that answers from its score on are right with a share of at least ``target``.
+
+    A step proves it where a share below ``target`` would give so many right answers with a chance of at most a small
+    risk, which is that the one-sided lower bound of Clopper and Pearson (1934) reaches ``target``. The best of many
+    steps would prove too much: so steps are tried downwards from a start until one fails (fixed-sequence testing, as
+    in "Learn then Test", Angelopoulos et al. 2021), from five starts at most, which lie at fixed numbers of rows
+    and share `RISK`. Rows count as independent. None where no step proves it.
+
+    Args:
+        steps: those of `steps_of`.
+        target: above 0 and below 1.
+    """
+    fewest = math.log(RISK / _NUM_STARTS) / math.log(target)  # rows that can prove it when all are right
+    total = steps[-1].num_rows if steps else 0
+    starts = [fewest * 2**i for i in range(_NUM_STARTS) if fewest * 2**i <= total]
+    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, total + 1)))])
+    lowest: Step | None = None
+    for start in starts:
+        for step in (step for step in steps if step.num_rows >= start):
+            if _chance_of_so_many(step.num_right, step.num_rows, target, log_factorial) > RISK / _NUM_STARTS:
+                break
+            if lowest is None or step.num_rows > lowest.num_rows:
+                lowest = step
+    return lowest
+
+
+def _chance_of_so_many(successes: int, total: int, share: float, log_factorial: FloatArray) -> float:
+    """P(X >= successes) for a binomial X of ``total`` tries that succeed with ``share``."""
+    if successes <= total * share:
+        return 1.0  # near a half, and far from any risk that is asked for
+    k = np.arange(successes, total + 1)
+    ways = log_factorial[total] - log_factorial[k] - log_factorial[total - k]
+    return float(np.exp(ways + k * math.log(share) + (total - k) * math.log1p(-share)).sum())
+
+
+def to_json(
+    calibration: Calibration, figures: Mapping[str, Any], null_threshold: float | None, steps: Sequence[Step] = (),
+) -> dict[str, Any]:
+    """What calibration.json holds: the two numbers, the null threshold (None without null answers), the figures, and
+    the steps of the score that `lowest_score` needs."""
+    return (
+        dataclasses.asdict(calibration) | {"null_threshold": null_threshold} | dict(figures)
+        | {"steps": [list(step) for step in steps]}
+    )
+
+
+def from_json(
+    stored: Mapping[str, Any], *, min_probability: float | None = None, target_precision: float | None = None
+) -> Probabilities:
+    """What a calibration.json says, for the answers of a test run; at most one of the two limits is given.
+
+    Raises:
+        OptionError: the rows of the fit do not prove ``target_precision`` for any score.
+        KeyError, TypeError, ValueError: the file was not written by this version.
+    """
+    found = Calibration(float(stored["temperature"]), float(stored["offset"]))
+    steps = [Step(float(score), int(rows), int(right)) for score, rows, right in stored["steps"]]
+    if not (found.temperature > 0 and math.isfinite(found.temperature) and math.isfinite(found.offset)):
+        raise ValueError(f"temperature {found.temperature}, offset {found.offset}")
+    if target_precision is None:
+        return Probabilities(found, min_probability)
+    step = lowest_score(steps, target_precision)
+    if step is None:
+        needed = math.ceil(math.log(RISK / _NUM_STARTS) / math.log(target_precision))
+        best = max((step for step in steps if step.num_rows >= needed), key=lambda s: s.num_right / s.num_rows,
+                   default=None)
+        seen = "" if best is None else (
+            f"; the best found was {best.num_right} right of the {best.num_rows} answers with the highest scores"
+        )
+        raise OptionError(
+            f"target_precision is {target_precision:g}, which the {steps[-1].num_rows if steps else 0} rows of the "
+            f"calibration do not prove for any share of the answers (at least {needed} rows are needed for it{seen}); "
+            "allowed: a lower target_precision, min_probability, or a calibration on more rows"
+        )
+    # A hair lower: the last bit of a logarithm may differ between two processors.
+    (lowest,) = found.probability(np.array([step.score])).tolist()
+    return Probabilities(found, lowest * (1 - 1e-9))
 
 
 def _log_odds(score: FloatArray) -> FloatArray:

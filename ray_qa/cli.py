@@ -32,13 +32,6 @@ class _Source:
     input: tuple[str, ...]
     """CSV files, folders or globs; local paths or URIs such as s3://bucket/rows.csv."""
 
-    model: str
-    """A name on the Hugging Face Hub, or a folder (a path or a URI) with config.json, tokenizer.json and *.safetensors.
-    A hub token is taken from the environment variable HF_TOKEN."""
-
-    revision: str | None = None
-    """Branch, tag or commit of the model on the hub."""
-
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 
@@ -49,6 +42,16 @@ class _Source:
     @property
     def storage_options(self) -> dict[str, object] | None:
         return None if self.endpoint_url is None else {"endpoint_override": self.endpoint_url}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OneModel:
+    model: str
+    """A name on the Hugging Face Hub, or a folder (a path or a URI) with config.json, tokenizer.json and *.safetensors.
+    A hub token is taken from the environment variable HF_TOKEN."""
+
+    revision: str | None = None
+    """Branch, tag or commit of the model on the hub."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +67,7 @@ class _Common(_Source):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainJob(_Common):
+class TrainJob(_Common, _OneModel):
     """Fine-tune a model on CSV rows (context, question, answer_text, answer_start)."""
 
     output: str
@@ -88,13 +91,24 @@ class TrainJob(_Common):
 class EvalJob(_Common):
     """Loss, exact match and F1 of a model on CSV rows (context, question, answer_text, answer_start)."""
 
+    model: str | None = None
+    """A name on the Hugging Face Hub, or a folder (a path or a URI) with config.json, tokenizer.json and *.safetensors.
+    A hub token is taken from the environment variable HF_TOKEN."""
+
+    revision: str | None = None
+    """Branch, tag or commit of the model on the hub."""
+
+    compare: tuple[str, str] | None = None
+    """Two models A B instead of --model: what B gains over A on the same rows, with 95 % intervals, and the rows won
+    and lost: compare.json, compare.html and details/ in --output, the two evaluations in its folders a and b."""
+
     output: str | None = None
     """Folder for eval.json (figures), report.html (the same to look at, with the worst rows) and details/ (Parquet,
     one line per row); an earlier evaluation in it is replaced."""
 
     calibrate: bool = False
     """Also fit a temperature, an offset and a null threshold that turn scores into probabilities: calibration.json in
-    --output, and beside a model that is a local folder."""
+    --output, and beside a model that is a local folder, where `test` finds it."""
 
     allow_untrained_head: bool = False
     """Accept an encoder without a question-answering head; its answers are random."""
@@ -103,7 +117,7 @@ class EvalJob(_Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TestJob(_Common):
+class TestJob(_Common, _OneModel):
     """Answer CSV rows (context, question) into Parquet files in CSV order."""
 
     output: str
@@ -119,7 +133,7 @@ class TestJob(_Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareJob(_Source):
+class PrepareJob(_Source, _OneModel):
     """Check labelled rows and plan a training, without any training: what is bad, how many windows and steps."""
 
     output: str | None = None
@@ -145,16 +159,36 @@ def _train(job: TrainJob) -> dict[str, Any]:
 
 
 def _eval(job: EvalJob) -> dict[str, Any]:
-    done = _evaluation(job)
+    done = _evaluation(job) if job.compare is None else _comparison(job, job.compare)
     return done if job.output is None else done | {"output": job.output}
 
 
+def _comparison(job: EvalJob, names: tuple[str, str]) -> dict[str, Any]:
+    unfit = {"--model": job.model, "--revision": job.revision, "--calibrate": job.calibrate}
+    for name, value in unfit.items():
+        if value:
+            raise OptionError(f"--compare {' '.join(names)} and {name} are both given; allowed: one of them")
+    if job.output is None:
+        raise OptionError("--compare needs --output, a folder for the comparison and the two evaluations")
+    from ray_qa.evaluation import compare, compared_to_json
+
+    first, second = (_resolve(job, name, None) for name in names)
+    done = compare(
+        job.input, models=(first, second), args=job.options, output_path=job.output, scaling=_scaling(job),
+        trust_remote_code=job.trust_remote_code, allow_untrained_head=job.allow_untrained_head,
+        storage_options=job.storage_options,
+    )
+    return compared_to_json(done) | {"model_a": names[0], "model_b": names[1]}
+
+
 def _evaluation(job: EvalJob) -> dict[str, Any]:
+    if job.model is None:
+        raise OptionError("no model was given; allowed: --model NAME, or --compare A B for two")
     from ray_qa.evaluation import done_to_json, evaluate
 
     done = evaluate(
-        job.input, model=_model(job), args=job.options, output_path=job.output, scaling=_scaling(job),
-        calibrate=job.calibrate, trust_remote_code=job.trust_remote_code,
+        job.input, model=_resolve(job, job.model, job.revision), args=job.options,
+        output_path=job.output, scaling=_scaling(job), calibrate=job.calibrate, trust_remote_code=job.trust_remote_code,
         allow_untrained_head=job.allow_untrained_head,
         storage_options=job.storage_options,
     )
@@ -176,6 +210,8 @@ def _test(job: TestJob) -> dict[str, Any]:
         "num_workers": done.workers.num_workers, "device": done.workers.device,
         "rows_per_second": round(done.statistics.rows_per_second, 2), "output": done.output_path,
     }
+    if done.probabilities is not None and done.probabilities.min_probability is not None:
+        summary["min_probability"] = done.probabilities.min_probability
     if done.too_many_errors:
         raise _Finished(summary, ErrorRowsError(
             f"{done.num_errors} of {done.num_rows} rows have an error instead of an answer, more than "
@@ -202,12 +238,16 @@ class _Finished(Exception):
         self.summary, self.error = summary, error
 
 
-def _model(job: _Source) -> ModelSource:
+def _model(job: TrainJob | TestJob | PrepareJob) -> ModelSource:
+    return _resolve(job, job.model, job.revision)
+
+
+def _resolve(job: _Source, name: str, revision: str | None) -> ModelSource:
     from ray_qa.model import resolve_model
 
     # The functions refuse an untrained head themselves, where they must.
     return resolve_model(
-        job.model, revision=job.revision, trust_remote_code=job.trust_remote_code, allow_untrained_head=True,
+        name, revision=revision, trust_remote_code=job.trust_remote_code, allow_untrained_head=True,
         storage_options=job.storage_options,
     )
 

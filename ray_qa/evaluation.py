@@ -15,25 +15,38 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 from ray.train import ScalingConfig
 
 import ray_qa
-from ray_qa import calibration, cluster, model_transfer, reading, report, results, schema, slices
+from ray_qa import (
+    calibration,
+    cluster,
+    comparison,
+    golds,
+    model_transfer,
+    reading,
+    report,
+    results,
+    schema,
+    slices,
+)
 from ray_qa.bad_rows import check_label_rows
 from ray_qa.csv_file import Part
 from ray_qa.csv_index import CSVIndex
 from ray_qa.errors import InputError, OptionError, OutputError, WorkError
 from ray_qa.labels import LabelReport, gold_answers
 from ray_qa.metrics import NullThresholds, RowScore, Scores, normalize, score_row
-from ray_qa.options import QAEvalArgs
-from ray_qa.prediction import Job, RunStatistics, resolve_precision, run_parts
-from ray_qa.storage import Location, PathLike, json_text, locate
+from ray_qa.options import QAEvalArgs, answer_options
+from ray_qa.prediction import Job, RunStatistics, labelled_rows, resolve_precision, run_parts
+from ray_qa.storage import Location, PathLike, json_text, locate, usable_folder
 
 if TYPE_CHECKING:
     from ray_qa.engine import EngineOutput
@@ -43,7 +56,9 @@ logger = logging.getLogger("ray_qa")
 
 FIGURES_NAME = "eval.json"
 REPORT_NAME = "report.html"
-CALIBRATION_NAME = "calibration.json"
+COMPARISON_NAME = "compare.json"
+COMPARISON_REPORT_NAME = "compare.html"
+CALIBRATION_NAME = calibration.FILE_NAME
 DETAILS_NAME = "details"
 
 
@@ -92,6 +107,24 @@ class Evaluation:
     output_path: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class ComparedModels:
+    """What the second model (b) gains over the first (a) on the same rows.
+
+    ``exact_match`` and ``f1`` hold the difference in percentage points, its 95 % interval over contexts, and the
+    numbers of rows on which b is better, worse and equal.
+    """
+
+    a: EvalResult
+    b: EvalResult
+    exact_match: comparison.Difference
+    f1: comparison.Difference
+    num_contexts: int
+    precision: str
+    workers: cluster.Workers
+    output_path: str
+
+
 def evaluate(
     input_paths: PathLike | Sequence[PathLike], *, model: ModelSource | PathLike,
     args: QAEvalArgs | Mapping[str, Any] | None = None, output_path: PathLike | None = None,
@@ -113,39 +146,159 @@ def evaluate(
 
     Raises:
         BadRowsError: more rows than ``max_bad_rows`` have labels that cannot be used; lists the first ten.
-        OptionError, InputError, CSVError, ModelError: before any work is done.
+        OptionError, InputError, CSVError, ModelError, OutputError: before any work is done.
         WorkError: the work failed.
     """
-    from ray_qa.model import as_source
-
     args = QAEvalArgs.of(args)
     if calibrate and output_path is None:
         raise OptionError("calibrate is True without an output folder; allowed: False, or an output folder")
-    model = as_source(
-        model, trust_remote_code=trust_remote_code, allow_untrained_head=allow_untrained_head,
+    code = _Trust(trust_remote_code, allow_untrained_head)
+    model = _checked_model(model, args, code, storage_options)
+    output = None if output_path is None else locate(output_path, storage_options=storage_options)
+    rows = _check_rows(input_paths, args, output, scaling, storage_options, not_beside=COMPARISON_NAME)
+    return _evaluate(rows, model, code, output, calibrate=calibrate)[0]
+
+
+def compare(
+    input_paths: PathLike | Sequence[PathLike], *, models: tuple[ModelSource | PathLike, ModelSource | PathLike],
+    output_path: PathLike, args: QAEvalArgs | Mapping[str, Any] | None = None, scaling: ScalingConfig | None = None,
+    trust_remote_code: bool = False, allow_untrained_head: bool = False,
+    storage_options: Mapping[str, object] | None = None,
+) -> ComparedModels:
+    """Two models on the same labelled rows: what the second gains over the first, and whether that may be chance.
+
+    Each model is evaluated once, as `evaluate` does it; the parts of the second are paired with the details of the
+    first by the workers. Memory does not grow with the input.
+
+    Args:
+        models: the first (a) and the second (b); as ``model`` of `evaluate`.
+        output_path: a folder for compare.json, compare.html, details/part-*.parquet (one line per row, schema
+            `comparison.PAIRS`), and the evaluations themselves in a/ and b/; an earlier comparison in it is replaced.
+
+    Raises: as `evaluate`.
+    """
+    args = QAEvalArgs.of(args)
+    code = _Trust(trust_remote_code, allow_untrained_head)
+    if len(models) != 2:
+        raise OptionError(f"models names {len(models)} models; allowed: two")
+    first, second = (_checked_model(model, args, code, storage_options) for model in models)
+    output = locate(output_path, storage_options=storage_options)
+    rows = _check_rows(input_paths, args, output, scaling, storage_options, not_beside=FIGURES_NAME)
+    for name in (COMPARISON_REPORT_NAME, COMPARISON_NAME):
+        (output / name).delete()
+    _remove_details(output / DETAILS_NAME)
+    done_a, _ = _evaluate(rows, first, code, output / "a")
+    paired_with = _Paired(output / "a" / DETAILS_NAME, output / DETAILS_NAME)
+    done_b, found = _evaluate(rows, second, code, output / "b", paired_with=paired_with)
+    if found.num_rows != done_b.result.num_rows:
+        raise WorkError(f"{found.num_rows} of {done_b.result.num_rows} rows were compared")
+    done = ComparedModels(
+        a=done_a.result, b=done_b.result, exact_match=found.exact_match, f1=found.f1,
+        num_contexts=found.num_contexts, precision=rows.precision, workers=rows.workers, output_path=output.uri,
+    )
+    figures = compared_to_json(done) | {
+        "model_a": first.name, "model_b": second.name, "input": _describe_input(rows.index),
+        "normalization": args.normalization, "language": args.language, "version": ray_qa.__version__,
+    }
+    (output / COMPARISON_REPORT_NAME).publish(report.render_comparison(figures, found.won, found.lost).encode())
+    (output / COMPARISON_NAME).publish(json_text(figures, indent=1).encode())
+    return done
+
+
+class _Trust(NamedTuple):
+    """What the caller allows a model."""
+
+    trust_remote_code: bool
+    allow_untrained_head: bool
+
+
+class _Paired(NamedTuple):
+    """Where the details of the first model are, and where those of both go."""
+
+    first: Location
+    details: Location
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Labelled rows that were checked, and the workers for them."""
+
+    index: CSVIndex
+    extra_columns: tuple[str, ...]
+    labels: LabelReport
+    args: QAEvalArgs
+    workers: cluster.Workers
+    precision: str
+    shared: ray.ObjectRef[pa.Table] | None
+
+
+def _checked_model(
+    model: ModelSource | PathLike, args: QAEvalArgs, code: _Trust, storage_options: Mapping[str, object] | None
+) -> ModelSource:
+    from ray_qa.engine import checked_window_maker
+    from ray_qa.model import as_source, load_tokenizer
+
+    source = as_source(
+        model, trust_remote_code=code.trust_remote_code, allow_untrained_head=code.allow_untrained_head,
         storage_options=storage_options,
     )
+    tokenizer, longest = load_tokenizer(source.directory, trust_remote_code=code.trust_remote_code)
+    checked_window_maker(tokenizer, args, model_max_length=longest)
+    return source
+
+
+def _check_rows(
+    input_paths: PathLike | Sequence[PathLike], args: QAEvalArgs, output: Location | None,
+    scaling: ScalingConfig | None, storage_options: Mapping[str, object] | None, *, not_beside: str,
+) -> _Rows:
+    """All that can be wrong with input, labels and folder is found here, before any work is done."""
     index = reading.index_input(
         input_paths, required_columns=schema.TRAIN_COLUMNS, delimiter=args.delimiter, storage_options=storage_options
     )
     extra = _answers_column(index)
-    output = None if output_path is None else locate(output_path, storage_options=storage_options)
-    if output is not None:
-        output.make_folder()
-    labels = check_label_rows(
-        index, args.handle_impossible_answer, args.max_bad_rows, extra_columns=extra, quarantine=output
-    )
-    workers = cluster.prediction_workers(scaling, at_most=index.num_parts)
-    precision = resolve_precision(args.precision, workers)
+    with usable_folder(output):
+        if output is not None:
+            _refuse_other_output(output, not_beside)
+        labels = check_label_rows(
+            index, args.handle_impossible_answer, args.max_bad_rows, extra_columns=extra, quarantine=output
+        )
+        workers = cluster.prediction_workers(scaling, at_most=index.num_parts)
+        precision = resolve_precision(args.precision, workers)
+    shared = _find_shared(index, args, extra) if args.share_answers else None
+    return _Rows(index, extra, labels, args, workers, precision, shared)
+
+
+def _refuse_other_output(output: Location, not_beside: str) -> None:
+    """Raise OutputError where ``output`` holds answers of test(), or the figures named ``not_beside``."""
+    kinds = {not_beside: "a comparison" if not_beside == COMPARISON_NAME else "an evaluation"}
+    kinds |= dict.fromkeys((results.PLAN_NAME, results.MANIFEST_NAME), "answers of test")
+    for info in output.list():
+        name = info.base_name
+        what = kinds.get(name, "answers of test" if name.startswith("part-") and name.endswith(".parquet") else None)
+        if what is not None:
+            raise OutputError(
+                f"{output.uri}: the folder already holds {what} ({name!r}); allowed: an empty or new folder, or the "
+                f"folder of an earlier {'evaluation' if not_beside == COMPARISON_NAME else 'comparison'}, which is "
+                "replaced"
+            )
+
+
+def _evaluate(
+    rows: _Rows, model: ModelSource, code: _Trust, output: Location | None, *, calibrate: bool = False,
+    paired_with: _Paired | None = None,
+) -> tuple[Evaluation, comparison.Comparison]:
+    """Evaluate one model on checked rows; the comparison is empty without ``paired_with``."""
+    args, index, workers, precision = rows.args, rows.index, rows.workers, rows.precision
     logger.info(
         "eval: %d rows in %d parts; %s; precision %s; model %s", index.num_rows, index.num_parts, workers, precision,
         model.name,
     )
+    scorer = Scorer(args, None if output is None else output / DETAILS_NAME, calibrate, rows.shared, paired_with)
     job = Job(
         index=ray.put(index), model=model_transfer.share_directory(model.directory, model.digest), options=args,
-        precision=precision, device=workers.device, threads=workers.threads,
-        reducer=Scorer(args, None if output is None else output / DETAILS_NAME, calibrate), extra_columns=extra,
-        trust_remote_code=trust_remote_code, allow_untrained_head=allow_untrained_head,
+        precision=precision, device=workers.device, threads=workers.threads, reducer=scorer,
+        extra_columns=rows.extra_columns, trust_remote_code=code.trust_remote_code,
+        allow_untrained_head=code.allow_untrained_head,
     )
     if output is not None:
         _remove_earlier(output)
@@ -153,6 +306,7 @@ def evaluate(
     parts: dict[int, Scores] = {}
     # Whole numbers, which need not wait for their turn: only a few figures are kept per part.
     summary, thresholds, sample = slices.Summary(), NullThresholds(), calibration.Sample()
+    compared = comparison.Comparison()
     for part in run_parts(job, index, range(index.num_parts), workers):
         statistics.add(part)
         scored: PartScores = part.reduced
@@ -160,8 +314,9 @@ def evaluate(
         summary += scored.summary
         thresholds += scored.thresholds
         sample += scored.sample
+        compared += scored.compared
     scores = sum((parts[first_row] for first_row in sorted(parts)), Scores())
-    result = _result(scores, thresholds, labels, statistics.num_errors)
+    result = _result(scores, thresholds, rows.labels, statistics.num_errors)
     done = Evaluation(result, precision, workers, statistics, None if output is None else output.uri)
     if output is not None:
         _prove_details(output / DETAILS_NAME, parts)
@@ -172,23 +327,61 @@ def evaluate(
         too_little: InputError | None = None
         if calibrate:
             try:
-                figures["calibration"] = _calibrate(sample, result, model, output)
+                figures["calibration"] = _calibrate(sample, result, model, output, args, precision)
             except InputError as error:
                 too_little = error  # the figures are worth keeping all the same
         (output / REPORT_NAME).publish(report.render(figures, summary.worst).encode())
         (output / FIGURES_NAME).publish(json_text(figures, indent=1).encode())
         if too_little is not None:
             raise too_little
-    return done
+    return done, compared
+
+
+def _find_shared(index: CSVIndex, args: QAEvalArgs, extra: tuple[str, ...]) -> ray.ObjectRef[pa.Table] | None:
+    """The right answers of rows that repeat, in Ray's object store; None where no row does."""
+    columns = schema.TRAIN_COLUMNS + extra
+    find = partial(_keys_of_part, args.handle_impossible_answer)
+    wanted = golds.repeated(reading.map_parts(find, index, columns=columns))
+    if not len(wanted):
+        return None
+    gather = partial(_golds_of_part, args.handle_impossible_answer, ray.put(wanted))
+    found = dict(reading.map_parts(gather, index, columns=columns))
+    table = golds.shared_golds(pair for first_row in sorted(found) for pair in found[first_row])
+    logger.info("eval: %d questions stand in several rows, which share their right answers", len(table))
+    return ray.put(table)
+
+
+def _usable(handle_impossible_answer: bool, table: pa.Table) -> tuple[pa.Table, golds.KeyArray]:
+    """A part's rows with usable labels, as the workers see them, and their keys."""
+    table = labelled_rows(table, handle_impossible_answer)
+    return table, golds.row_keys(table[schema.CONTEXT].to_pylist(), table[schema.QUESTION].to_pylist())
+
+
+def _keys_of_part(handle_impossible_answer: bool, table: pa.Table) -> npt.NDArray[np.uint64]:
+    return golds.short_keys(_usable(handle_impossible_answer, table)[1])
+
+
+def _golds_of_part(
+    handle_impossible_answer: bool, wanted: ray.ObjectRef[npt.NDArray[np.uint64]], table: pa.Table
+) -> tuple[int, list[tuple[bytes, list[str]]]]:
+    first_row = table[schema.ROW_INDEX][0].as_py()
+    rows, keys = _usable(handle_impossible_answer, table)
+    found = golds.select_repeated(keys, ray.get(wanted)).tolist()
+    raw = keys.tobytes()  # an element of the array would lose zeros at its end
+    answers = golds_of(rows)
+    return first_row, [(raw[16 * row : 16 * row + 16], answers[row]) for row in found]
 
 
 def _calibrate(
-    sample: calibration.Sample, result: EvalResult, model: ModelSource, output: Location
+    sample: calibration.Sample, result: EvalResult, model: ModelSource, output: Location, args: QAEvalArgs,
+    precision: str,
 ) -> dict[str, Any]:
     """Fit a calibration, write it, and return it with the points of its curve."""
     found, measured = calibration.calibrate(sample)
-    stored = calibration.to_json(found, measured, result.best_f1_threshold) | {"model_digest": model.digest}
-    data = json.dumps(stored, indent=1).encode()
+    stored = calibration.to_json(found, measured, result.best_f1_threshold, calibration.steps_of(sample)) | {
+        "model_digest": model.digest, "options": answer_options(args), "precision": precision,
+    }
+    data = json.dumps(stored).encode()
     (output / CALIBRATION_NAME).publish(data)
     if os.path.isdir(os.path.expanduser(model.name)):  # and not the hub's cache
         try:
@@ -196,6 +389,7 @@ def _calibrate(
         except OutputError as error:
             logger.warning("calibration.json is only in %s: %s", output.uri, error)
     score = np.linspace(0, 1, 51)
+    del stored["steps"]  # the page and eval.json do without
     return stored | {"curve": np.stack([score, found.probability(score)], axis=1).tolist()}
 
 
@@ -224,6 +418,16 @@ def done_to_json(done: Evaluation) -> dict[str, Any]:
     }
 
 
+def compared_to_json(done: ComparedModels) -> dict[str, Any]:
+    """The figures of a comparison; those of the two evaluations under ``a`` and ``b``."""
+    return {
+        "num_rows": done.a.num_rows, "num_contexts": done.num_contexts,
+        "exact_match_difference": done.exact_match._asdict(), "f1_difference": done.f1._asdict(),
+        "a": dataclasses.asdict(done.a), "b": dataclasses.asdict(done.b), "precision": done.precision,
+        "num_workers": done.workers.num_workers, "device": done.workers.device,
+    }
+
+
 def _or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
@@ -249,7 +453,10 @@ def _remove_earlier(output: Location) -> None:
     """Take away what an earlier evaluation left; its page first, which says that it is complete."""
     for name in (REPORT_NAME, FIGURES_NAME, CALIBRATION_NAME):
         (output / name).delete()
-    details = output / DETAILS_NAME
+    _remove_details(output / DETAILS_NAME)
+
+
+def _remove_details(details: Location) -> None:
     for info in details.list():
         if info.base_name.startswith("part-") and info.base_name.endswith(".parquet"):
             (details / info.base_name).delete()
@@ -268,12 +475,13 @@ def _prove_details(details: Location, first_rows: Iterable[int]) -> None:
 @dataclass(frozen=True)
 class PartScores:
     """What one part comes down to. ``thresholds`` is empty without ``handle_impossible_answer``, ``summary`` without
-    an output folder, ``sample`` without ``calibrate``."""
+    an output folder, ``sample`` without ``calibrate``, ``compared`` without another model."""
 
     scores: Scores
     thresholds: NullThresholds
     summary: slices.Summary
     sample: calibration.Sample
+    compared: comparison.Comparison
 
 
 @dataclass(frozen=True)
@@ -283,35 +491,42 @@ class Scorer:
     args: QAEvalArgs
     details: Location | None = None
     calibrate: bool = False
+    shared: ray.ObjectRef[pa.Table] | None = None
+    """Right answers of rows that repeat, see `golds`."""
+    paired_with: _Paired | None = None
 
     def __call__(self, part: Part, table: pa.Table, output: EngineOutput) -> PartScores:
-        golds = golds_of(table)
-        rows = self.score(output.predictions, golds)
+        answers = golds_of(table)
+        if self.shared is not None:
+            keys = golds.row_keys(table[schema.CONTEXT].to_pylist(), table[schema.QUESTION].to_pylist())
+            answers = golds.add_shared(answers, keys, ray.get(self.shared))
+        rows = self.score(output.predictions, answers)
         scores = _sums(rows, output)
         thresholds, summary, sample = NullThresholds(), slices.Summary(), calibration.Sample()
+        compared = comparison.Comparison()
         text_rows = rows
         if self.args.handle_impossible_answer:
             assert output.text_predictions is not None
-            text_rows = self.score(output.text_predictions, golds)
+            text_rows = self.score(output.text_predictions, answers)
             # A row without windows is answered "" whatever the threshold.
             null = np.clip(np.nan_to_num(output.null_score, nan=1.0), 0.0, 1.0)
             thresholds = NullThresholds.of(null, output.text_predictions["answer"].to_pylist(), text_rows)
         if self.details is not None:
-            details = self.details_of(table, output, golds, rows, text_rows)
+            details = self.details_of(table, output, answers, rows, text_rows)
             summary = slices.Summary.of(details, table[schema.CONTEXT].to_pylist())
             sample = calibration.Sample.of(details) if self.calibrate else sample
-            sink = pa.BufferOutputStream()
-            pq.write_table(details, sink)
-            (self.details / results.part_name(part.first_row)).publish(sink.getvalue())
-        return PartScores(scores, thresholds, summary, sample)
+            _publish(details, self.details / results.part_name(part.first_row))
+            if self.paired_with is not None:
+                compared = _pair(self.paired_with, results.part_name(part.first_row), details, table)
+        return PartScores(scores, thresholds, summary, sample, compared)
 
-    def score(self, predictions: pa.Table, golds: Sequence[Sequence[str]]) -> list[RowScore]:
+    def score(self, predictions: pa.Table, right: Sequence[Sequence[str]]) -> list[RowScore]:
         options: dict[str, Any] = {"normalization": self.args.normalization, "language": self.args.language}
         answers = predictions["answer"].to_pylist()
-        return [score_row(answer, some, **options) for answer, some in zip(answers, golds, strict=True)]
+        return [score_row(answer, some, **options) for answer, some in zip(answers, right, strict=True)]
 
     def details_of(
-        self, table: pa.Table, output: EngineOutput, golds: list[list[str]], rows: list[RowScore],
+        self, table: pa.Table, output: EngineOutput, right: list[list[str]], rows: list[RowScore],
         text_rows: list[RowScore],
     ) -> pa.Table:
         """The part's rows as a table with schema `slices.DETAILS`."""
@@ -335,7 +550,7 @@ class Scorer:
             "context_id": [identities[context] for context in contexts],
             "question": questions,
             "prediction": answers["answer"],
-            "golds": golds,
+            "golds": right,
             "score": answers["score"].cast(pa.float64()),
             "text_prediction": texts["answer"],
             "text_score": texts["score"].cast(pa.float64()),
@@ -357,6 +572,25 @@ class Scorer:
             "error": answers["error"],
         }
         return pa.table(columns, schema=slices.DETAILS)
+
+
+def _publish(table: pa.Table, target: Location) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    target.publish(sink.getvalue())
+
+
+def _pair(paired: _Paired, name: str, details: pa.Table, table: pa.Table) -> comparison.Comparison:
+    """Pair a part's details with those of the other model, publish the pairs, and reduce them."""
+    first = pq.read_table(pa.BufferReader((paired.first / name).read_bytes()))
+    pairs = comparison.pairs_of(first, details)
+    _publish(pairs, paired.details / name)
+    contexts, starts, ends = table[schema.CONTEXT], details["answer_start"], details["answer_end"]
+
+    def pieces(row: int) -> comparison.Pieces:
+        return slices.marked(contexts[row].as_py(), (starts[row].as_py(), ends[row].as_py()), (0, 0))
+
+    return comparison.Comparison.of(pairs, pieces)
 
 
 def golds_of(table: pa.Table) -> list[list[str]]:

@@ -60,6 +60,8 @@ AtLeastOne = Range(low=1)
 NotNegative = Range(low=0)
 Positive = Range(low=0, open_low=True)
 Beta = Range(low=0, high=1, open_high=True)
+Probability = Range(low=0, high=1)
+Target = Range(low=0, high=1, open_low=True, open_high=True)
 
 
 class Options:
@@ -171,12 +173,33 @@ class AnswerOptions(ModelOptions):
     """Widen an answer to whole words, where the tokenizer knows words."""
 
 
+def answer_options(options: AnswerOptions) -> dict[str, Any]:
+    """The options that decide what is answered and how it scores, but for precision, which each run resolves."""
+    names = {field.name for field in dataclasses.fields(AnswerOptions)} - {"delimiter", "precision", "tokens_per_batch"}
+    return {name: getattr(options, name) for name in sorted(names)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class QATestArgs(AnswerOptions):
     """Options of test()."""
 
     max_error_rows: Annotated[float, NotNegative] = 0.01
     """Rows that may end in an error: a share when below 1, else a count; beyond it the job ends with code 3."""
+
+    min_probability: Annotated[float | None, Probability] = None
+    """Mark answers that are right with a lower probability in the column `abstain`; the model must be calibrated."""
+
+    target_precision: Annotated[float | None, Target] = None
+    """Choose min_probability so that the answers above it are right with at least this share, as far as the rows of
+    the calibration prove it (95 % confidence); a high target may be out of their reach."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.min_probability is not None and self.target_precision is not None:
+            raise OptionError(
+                f"min_probability is {self.min_probability:g} and target_precision is {self.target_precision:g}; "
+                "allowed: one of them"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +214,11 @@ class QAEvalArgs(AnswerOptions):
 
     language: Language = "en"
     """Language of the answers under normalization 'mlqa'; 'other' is any further one with spaces between words."""
+
+    share_answers: bool = False
+    """Rows with the same context and question share their right answers, for files with a row per annotator. Every row
+    still counts. Takes a pass over the input, 16 bytes a row on the driver, and there and on every node the answers of
+    the rows that repeat; a column `answers` takes nothing."""
 
     max_bad_rows: Annotated[float, NotNegative] = 0
     """Rows with unusable labels that are left out: a share when below 1, else a count; beyond it nothing is done."""

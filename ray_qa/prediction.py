@@ -10,6 +10,7 @@ The worker is a shell around `engine.Engine`; what a run needs is one small `Job
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import time
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -25,14 +27,14 @@ import ray.data
 from ray.train import ScalingConfig
 
 import ray_qa
-from ray_qa import cluster, model_transfer, reading, results, schema
+from ray_qa import calibration, cluster, model_transfer, reading, results, schema
 from ray_qa.cluster import Workers
 from ray_qa.csv_file import Part
 from ray_qa.csv_index import CSVIndex
-from ray_qa.errors import UserError, WorkError
+from ray_qa.errors import OptionError, UserError, WorkError
 from ray_qa.labels import check_labels
 from ray_qa.model_transfer import SharedModel
-from ray_qa.options import AnswerOptions, QATestArgs, allowance
+from ray_qa.options import AnswerOptions, QATestArgs, allowance, answer_options
 from ray_qa.results import PartFile, ResultFolder
 from ray_qa.schema import QuestionAnsweringResult
 from ray_qa.storage import PathLike, locate, usable_folder
@@ -71,6 +73,8 @@ class Job:
     cannot be used are left out, and nothing is published but by the reducer itself."""
     extra_columns: tuple[str, ...] = ()
     """Columns that are read beside the usual ones."""
+    probabilities: calibration.Probabilities | None = None
+    """For prediction with a calibrated model: what its scores mean."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -142,6 +146,8 @@ class Prediction:
     workers: Workers
     statistics: RunStatistics
     output_path: str | None
+    probabilities: calibration.Probabilities | None = None
+    """What the columns ``probability`` and ``abstain`` in ``output_path`` were computed with; None without them."""
 
 
 def predict(
@@ -158,6 +164,10 @@ def predict(
         output_path: a folder for Parquet parts in CSV order; None collects a list in the driver. The same call
             on an unfinished folder computes only what is missing.
         overwrite: throw away another run's output in that folder.
+
+    With a calibrated model (a calibration.json in its folder, see `evaluation.evaluate`) the files in ``output_path``
+    have the column ``probability``, and with ``min_probability`` or ``target_precision`` also ``abstain``. A
+    calibration of another model or of other options is not used: with one of the two an OptionError, else a warning.
 
     Raises:
         OptionError, InputError, CSVError, OutputError, ModelError: before any work is done.
@@ -179,6 +189,7 @@ def predict(
     cluster.connect()
     workers = cluster.prediction_workers(scaling, at_most=max(1, index.num_parts))
     precision = resolve_precision(args.precision, workers)
+    probabilities = probabilities_of(model, args, precision, to_files=output_path is not None)
     # The index does not see a short record or a byte that is not UTF-8 in a regular file. Parsing it all once costs
     # little beside the model, and nobody learns of a broken last line after hours of work.
     location = None if output_path is None else locate(output_path, storage_options=storage_options)
@@ -187,7 +198,7 @@ def predict(
             pass
     folder, done, plan = None, {}, {}
     if location is not None:
-        plan = _plan(index, model, args, precision)
+        plan = _plan(index, model, args, precision, probabilities)
         folder = results.begin(location, plan, overwrite=overwrite)
         done = folder.published()
     missing = [i for i, part in enumerate(index.parts()) if part.first_row not in done]
@@ -197,7 +208,7 @@ def predict(
     )
     job = Job(
         index=ray.put(index), model=model_transfer.share_directory(model.directory, model.digest), options=args,
-        precision=precision, device=workers.device, threads=workers.threads, folder=folder,
+        precision=precision, device=workers.device, threads=workers.threads, folder=folder, probabilities=probabilities,
         trust_remote_code=trust_remote_code, allow_untrained_head=allow_untrained_head,
     )
     statistics = RunStatistics()
@@ -223,8 +234,58 @@ def predict(
         num_resumed_rows=sum(part.num_rows for part in done.values()),
         too_many_errors=num_errors > allowance(args.max_error_rows, index.num_rows),
         precision=precision, workers=workers, statistics=statistics,
-        output_path=None if folder is None else folder.location.full_name,
+        output_path=None if folder is None else folder.location.full_name, probabilities=probabilities,
     )
+
+
+def probabilities_of(
+    model: ModelSource, args: QATestArgs, precision: str, *, to_files: bool
+) -> calibration.Probabilities | None:
+    """What the calibration.json in the model's folder says of scores; None where it is not there, or not of this run.
+
+    Raises:
+        OptionError: ``min_probability`` or ``target_precision`` cannot be met.
+    """
+    limits = {"min_probability": args.min_probability, "target_precision": args.target_precision}
+    asked = [f"{name} is {limit:g}" for name, limit in limits.items() if limit is not None]
+    if not to_files:
+        if asked:
+            raise OptionError(
+                f"{asked[0]} without an output folder, and answers outside of files have no column abstain; allowed: "
+                "an output folder, or neither min_probability nor target_precision"
+            )
+        return None
+    path = Path(model.directory) / calibration.FILE_NAME
+    how = "`jobs.eval --calibrate` on labelled rows, with the model in a local folder, makes one"
+    problem = ""
+    try:
+        stored = json.loads(path.read_bytes())
+        before, now = stored["options"], answer_options(args)
+        if stored["model_digest"] != model.digest:
+            problem = f"{path} was made for another model (its weights, tokenizer or configuration differ)"
+        elif before != now:
+            names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+            differences = ", ".join(f"{name} {before.get(name)!r} instead of {now.get(name)!r}" for name in names)
+            problem = f"{path} was made with other options ({differences})"
+        else:
+            if stored["precision"] != precision:
+                logger.warning(
+                    "%s was made with precision %s, this run has %s: for exact probabilities let both have the same",
+                    path, stored["precision"], precision,
+                )
+            return calibration.from_json(stored, **limits)
+    except FileNotFoundError:
+        if not asked:
+            return None
+        problem = f"model {model.name} has no {calibration.FILE_NAME}"
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, OptionError):
+            raise
+        problem = f"{path} is not what this version writes ({type(error).__name__}: {error})"
+    if asked:
+        raise OptionError(f"{asked[0]}, but {problem}; {how}")
+    logger.warning("results have no column probability: %s; %s", problem, how)
+    return None
 
 
 def resolve_precision(precision: str, workers: Workers) -> str:
@@ -237,12 +298,16 @@ def resolve_precision(precision: str, workers: Workers) -> str:
     return resolve(precision, workers.device)
 
 
-def _plan(index: CSVIndex, model: ModelSource, args: QATestArgs, precision: str) -> dict[str, Any]:
+def _plan(
+    index: CSVIndex, model: ModelSource, args: QATestArgs, precision: str,
+    probabilities: calibration.Probabilities | None = None,
+) -> dict[str, Any]:
     """Everything that an answer or the layout of the parts depends on."""
+    calibrated = {} if probabilities is None else {"calibration": probabilities.to_json()}
     options = {k: v for k, v in dataclasses.asdict(args).items() if k not in _OPTIONS_WITHOUT_EFFECT}
     return {
         "input": index.digest, "num_rows": index.num_rows, "num_parts": index.num_parts, "model": model.digest,
-        "options": options, "precision": precision,
+        "options": options, "precision": precision, **calibrated,
         "versions": {"ray-qa": ray_qa.__version__}
         | {name: version(name) for name in ("tokenizers", "torch", "transformers")},
     }
@@ -379,7 +444,10 @@ class PredictionWorker:
         if job.reducer is not None:
             return dataclasses.replace(report, reduced=job.reducer(part, table, output), finished=time.time())
         if job.folder is not None:
-            file = job.folder.publish_part(output.predictions, part.first_row, part.num_rows)
+            predictions = output.predictions
+            if job.probabilities is not None:
+                predictions = job.probabilities.add_to(predictions)
+            file = job.folder.publish_part(predictions, part.first_row, part.num_rows)
             return dataclasses.replace(report, file=file, finished=time.time())
         results.check_rows(output.predictions, part.first_row, part.num_rows)
         return dataclasses.replace(report, answers=output.predictions)
@@ -387,9 +455,12 @@ class PredictionWorker:
 
 def usable_rows(job: Job, table: pa.Table) -> pa.Table:
     """The rows that go through the engine: for evaluation those with usable labels, repaired; else all."""
-    if job.reducer is None:
-        return table
-    check = check_labels(table, handle_impossible_answer=job.options.handle_impossible_answer)
+    return table if job.reducer is None else labelled_rows(table, job.options.handle_impossible_answer)
+
+
+def labelled_rows(table: pa.Table, handle_impossible_answer: bool) -> pa.Table:
+    """The rows with usable labels, repaired."""
+    check = check_labels(table, handle_impossible_answer=handle_impossible_answer)
     for name, values in ((schema.ANSWER_TEXT, check.answer_text), (schema.ANSWER_START, check.answer_start)):
         table = table.set_column(table.column_names.index(name), name, pa.chunked_array([pa.array(values)]))
     return table.filter(pa.array(check.usable))

@@ -92,9 +92,13 @@ class HappyQuestionAnswering:
         weakref.finalize(self, shutil.rmtree, result.model_directory, ignore_errors=True)
 
     def eval(
-        self, input_filepath: PathLike | Sequence[PathLike], args: QAEvalArgs | Mapping[str, Any] | None = None
+        self, input_filepath: PathLike | Sequence[PathLike], args: QAEvalArgs | Mapping[str, Any] | None = None, *,
+        output_path: PathLike | None = None, calibrate: bool = False,
     ) -> EvalResult:
         """Loss, exact match and F1 on CSV files with the columns context, question, answer_text, answer_start.
+
+        With ``output_path`` also a folder with eval.json, report.html and the details of every row; with
+        ``calibrate`` also calibration.json in it, and beside a model that is a local folder, where `test` finds it.
 
         Raises:
             BadRowsError: rows whose answer does not stand at answer_start; lists the first ten.
@@ -102,8 +106,8 @@ class HappyQuestionAnswering:
             OptionError, InputError, CSVError: before any work is done.
         """
         return evaluation.evaluate(
-            input_filepath, model=self._source, args=args, scaling=self.scaling,
-            trust_remote_code=self._trust_remote_code, storage_options=self._storage_options,
+            input_filepath, model=self._source, args=args, output_path=output_path, calibrate=calibrate,
+            scaling=self.scaling, trust_remote_code=self._trust_remote_code, storage_options=self._storage_options,
         ).result
 
     def test(
@@ -114,7 +118,8 @@ class HappyQuestionAnswering:
 
         Without ``output_path`` a list of named tuples (answer, score, start, end). With it, Parquet files in that
         folder, and a lazy sequence of the same named tuples over them. A row that cannot be
-        answered has the answer "" and says why in the Parquet column ``error``.
+        answered has the answer "" and says why in the Parquet column ``error``. Of a calibrated model the files also
+        say how probable it is that an answer is right; `ray_qa.predict` says more.
 
         Raises:
             ModelError: the model has no trained question-answering head.
@@ -134,13 +139,16 @@ class HappyQuestionAnswering:
         """The best answers to one question, at most ``top_k``, in this process and without Ray.
 
         Raises:
+            OptionError: ``min_probability`` or ``target_precision``, which only answers in files can show.
             InputError: the question cannot be answered (blank, or longer than a window).
             ModelError: the model has no trained question-answering head.
         """
+        args = QATestArgs.of(args)
+        prediction.probabilities_of(as_source(self._source), args, args.precision, to_files=False)
         table = pa.table({
             schema.ROW_INDEX: pa.array([0], pa.int64()), schema.CONTEXT: [context], schema.QUESTION: [question],
         })
-        found = self._local_engine(QATestArgs.of(args)).answer(table, top_k=top_k).predictions
+        found = self._local_engine(args).answer(table, top_k=top_k).predictions
         error = found["error"][0].as_py()
         if error is not None:
             raise InputError(f"the question {question[:80]!r} cannot be answered: {error}")

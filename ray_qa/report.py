@@ -66,12 +66,159 @@ def render(figures: Mapping[str, Any], worst: Sequence[Row]) -> str:
         *(_row_card(number, row) for number, row in enumerate(worst, 1)),
         f"<footer>{_facts(figures)}</footer>",
     ]
+    return _page(f"ray_qa: {model}", parts)
+
+
+class Compared(Protocol):
+    """What the page of a comparison needs of a row; `comparison.Example` has it."""
+
+    @property
+    def row_index(self) -> int: ...
+    @property
+    def question(self) -> str: ...
+    @property
+    def golds(self) -> Sequence[str]: ...
+    @property
+    def prediction_a(self) -> str: ...
+    @property
+    def prediction_b(self) -> str: ...
+    @property
+    def score_a(self) -> float: ...
+    @property
+    def score_b(self) -> float: ...
+    @property
+    def f1_a(self) -> float: ...
+    @property
+    def f1_b(self) -> float: ...
+    @property
+    def pieces(self) -> Sequence[tuple[str, str]]: ...
+
+
+def render_comparison(figures: Mapping[str, Any], won: Sequence[Compared], lost: Sequence[Compared]) -> str:
+    """The page of a comparison of two models as HTML.
+
+    Args:
+        figures: what compare.json holds: ``model_a``, ``model_b``, ``exact_match_difference``, ``f1_difference``, the
+            two evaluations under ``a`` and ``b``, and facts of the run.
+        won, lost: the rows to show, on which b is better and worse.
+    """
+    names = {model: _text(figures.get(f"model_{model}", model)) for model in "ab"}
+    differences = [
+        ("Exact match", figures["exact_match_difference"]), ("F1", figures["f1_difference"]),
+    ]
+    lines = "".join(
+        f"<tr><th>{title}</th><td>{_number(figures['a'].get(name), digits)}{unit}</td>"
+        f"<td>{_number(figures['b'].get(name), digits)}{unit}</td></tr>"
+        for title, name, digits, unit in (
+            ("Exact match", "exact_match", 1, " %"), ("F1", "f1", 1, " %"), ("Loss", "loss", 3, ""),
+            ("Rows with an answer: F1", "has_answer_f1", 1, " %"),
+            ("Rows without an answer: F1", "no_answer_f1", 1, " %"),
+        ) if figures["a"].get(name) is not None or figures["b"].get(name) is not None
+    )
+    counts = "".join(
+        f"<tr><th>{title}</th><td>{found['won']:,}</td><td>{found['lost']:,}</td><td>{found['tied']:,}</td></tr>"
+        for title, found in differences
+    )
+    parts = [
+        f"<header><p class='eyebrow'>ray_qa comparison</p><h1>{names['b']} against {names['a']}</h1>"
+        f"<p class='sub'>{_text(figures.get('input', ''))}</p></header>",
+        "<section class='cards'>",
+        *(_card(f"{title} gained by b", f"{_signed(found['difference'])}<i>points</i>", _verdict(found))
+          for title, found in differences),
+        _card("Rows", _number(figures.get("num_rows")), "the same for both"),
+        _card("Contexts", _number(figures.get("num_contexts")), "what the intervals are drawn over"),
+        "</section>",
+        "<h2>What b gains over a</h2><div class='grid'>", _difference_chart(differences),
+        "<figure data-chart='figures'><figcaption><b>Figures</b></figcaption><table class='plain'>"
+        f"<tr><th></th><th>a</th><th>b</th></tr>{lines}</table><table class='plain'>"
+        f"<tr><th>rows</th><th>b better</th><th>b worse</th><th>the same</th></tr>{counts}</table>"
+        f"<p class='note'>a: {names['a']}<br>b: {names['b']}</p></figure></div>",
+    ]
+    for title, rows in (("won by b", won), ("lost by b", lost)):
+        parts.append(f"<h2>Rows {title}</h2>")
+        parts.append(
+            f"<p class='note'>The {len(rows)} with the largest difference in F1; first those where the model that is "
+            "worse was surest. In the context: <mark class='gold'>the right answer</mark>.</p>" if rows
+            else "<p class='note'>None.</p>"
+        )
+        parts += [_compared_card(number, row) for number, row in enumerate(rows, 1)]
+    parts.append(f"<footer>{_facts(figures)}</footer>")
+    return _page(f"ray_qa: {names['b']} against {names['a']}", parts)
+
+
+def _signed(value: float) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:+.2f}"
+
+
+def _verdict(found: Mapping[str, Any]) -> str:
+    if found["low"] is None:
+        return "too few contexts for an interval"
+    verdict = "chance may explain it" if found["low"] <= 0 <= found["high"] else "more than chance"
+    return f"{_signed(found['low'])} to {_signed(found['high'])} (95&nbsp;%): {verdict}"
+
+
+def _difference_chart(differences: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Each difference as a dot with its interval, against no difference at all."""
+    left, right, line, width = 90.0, 500.0, 56.0, 520.0
+    values = [abs(found[name]) for _, found in differences for name in ("difference", "low", "high")
+              if found[name] is not None and math.isfinite(found[name])]
+    largest = max([0.5, *values]) * 1.1
+    middle, scale = (left + right) / 2, (right - left) / 2 / largest
+    height = 20 + line * len(differences) + 24
+    content = []
+    for share in (-1, -0.5, 0, 0.5, 1):
+        x = middle + share * largest / 1.1 * scale
+        content.append(
+            f"<line x1='{x:.1f}' x2='{x:.1f}' y1='10' y2='{height - 24:.1f}' class='{'rule' if share else 'ideal'}'/>"
+        )
+        tick = f"{share * largest / 1.1:+.1f}" if share else "0"
+        content.append(_label(x, height - 8, tick, anchor="middle", kind="tick"))
+    for i, (title, found) in enumerate(differences):
+        y = 20 + (i + 0.5) * line
+        content.append(_label(left - 10, y + 4, title, anchor="end", kind="name"))
+        if found["low"] is not None:
+            low, high = middle + found["low"] * scale, middle + found["high"] * scale
+            content.append(
+                f"<path d='M{low:.1f} {y:.1f}H{high:.1f}M{low:.1f} {y - 6:.1f}v12M{high:.1f} {y - 6:.1f}v12' "
+                "class='whisker'/>"
+            )
+        if math.isfinite(found["difference"]):
+            x = middle + found["difference"] * scale
+            content.append(f"<circle cx='{x:.1f}' cy='{y:.1f}' r='6' fill='var(--em)'/>")
+    note = (
+        "<br>In percentage points, with the 95&nbsp;% interval (whole contexts drawn again and again): where it spans "
+        "the dashed line, the difference may be chance. To the right of it: b is better."
+    )
+    chart = _svg(width, height, "".join(content), "Differences with their intervals")
+    return _figure("Difference", note, chart, "difference")
+
+
+def _compared_card(number: int, row: Compared) -> str:
+    golds = " <span class='or'>or</span> ".join(
+        f"<mark class='gold'>{_text(gold)}</mark>" if gold else "<i>no answer</i>" for gold in row.golds
+    )
+    answers = "".join(
+        f"<dt>{model}</dt><dd>{_text(text) if text else '<i>no answer</i>'} <small>score {score:.3f} · F1 {f1:.2f}"
+        "</small></dd>"
+        for model, text, score, f1 in (
+            ("a", row.prediction_a, row.score_a, row.f1_a), ("b", row.prediction_b, row.score_b, row.f1_b)
+        )
+    )
+    return (
+        f"<article class='row' data-row='{row.row_index}'><div class='head'><span>{number}</span>"
+        f"<h3>{_text(row.question)}</h3><small>row {row.row_index:,}</small></div>"
+        f"<dl><dt>right</dt><dd>{golds}</dd>{answers}</dl><p class='context'>{_pieces(row.pieces)}</p></article>"
+    )
+
+
+def _page(title: str, parts: Sequence[str]) -> str:
+    """The whole page; ``title`` and ``parts`` are HTML."""
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>ray_qa: {model}</title><style>{_STYLE}</style></head>"
+        f"<title>{title}</title><style>{_STYLE}</style></head>"
         f"<body><main>{''.join(parts)}</main></body></html>\n"
     )
 
@@ -296,17 +443,20 @@ def _row_card(number: int, row: Row) -> str:
     )
     prediction = f"<mark class='prediction'>{_text(row.prediction)}</mark>" if row.prediction else "<i>no answer</i>"
     error = f"<p class='error'>{_text(row.error)}</p>" if row.error else ""
-    context = "".join(
-        f"<span class='gap'>[… {_text(text)} …]</span>" if mark == "gap"
-        else f"<mark class='{mark}'>{_text(text)}</mark>" if mark else _text(text)
-        for text, mark in row.pieces
-    )
     return (
         f"<article class='row' data-row='{row.row_index}'><div class='head'><span>{number}</span>"
         f"<h3>{_text(row.question)}</h3><small>row {row.row_index:,}<br>score {row.score:.3f} · F1 {row.f1:.2f} · "
         f"loss {-row.negative_loss:.2f}</small></div>{error}"
         f"<dl><dt>right</dt><dd>{golds}</dd><dt>model</dt><dd>{prediction}</dd></dl>"
-        f"<p class='context'>{context}</p></article>"
+        f"<p class='context'>{_pieces(row.pieces)}</p></article>"
+    )
+
+
+def _pieces(pieces: Sequence[tuple[str, str]]) -> str:
+    return "".join(
+        f"<span class='gap'>[… {_text(text)} …]</span>" if mark == "gap"
+        else f"<mark class='{mark}'>{_text(text)}</mark>" if mark else _text(text)
+        for text, mark in pieces
     )
 
 

@@ -31,6 +31,11 @@ PREDICTIONS = pa.schema(
     ]
 )
 
+#: Further columns of a result where the model has a calibration.json: how probable it is that the answer is right
+#: (null where the row has an error), and, where a limit was asked for, whether that is too little to rely on it.
+PROBABILITY = pa.field("probability", pa.float64())
+ABSTAIN = pa.field("abstain", pa.bool_(), nullable=False)
+
 
 class QuestionAnsweringResult(NamedTuple):
     """One answer: its text, its probability, and where it lies in the context.

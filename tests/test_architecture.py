@@ -28,6 +28,7 @@ PUBLIC = [
     "QuestionAnsweringResult",
     "RayQAError",
     "UserError",
+    "compare",
     "evaluate",
     "open_results",
     "predict",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import random
 from pathlib import Path
 
@@ -15,9 +16,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ray_qa import calibration
-from ray_qa.calibration import Calibration, Sample, bootstrap_interval, calibrate, fit, to_json
-from ray_qa.errors import InputError
+from ray_qa.calibration import (
+    Calibration,
+    Probabilities,
+    Sample,
+    Step,
+    bootstrap_interval,
+    calibrate,
+    fit,
+    from_json,
+    lowest_score,
+    steps_of,
+    to_json,
+)
+from ray_qa.errors import InputError, OptionError
 from ray_qa.metrics import exact_match
+from ray_qa.schema import PREDICTIONS
 
 
 def details(seed: int, size: int, *, temperature: float = 2.0, offset: float = -0.5) -> pa.Table:
@@ -146,3 +160,90 @@ def test_too_little_to_fit() -> None:
         calibrate(Sample.of(details(6, 45)))
     with pytest.raises(InputError, match="found 0 rows"):
         calibrate(Sample())
+
+
+def test_steps_hold_the_rows_from_each_score_on() -> None:
+    sample = Sample.of(details(7, 5_000))
+    steps = steps_of(sample)
+    assert len(steps) == calibration.NUM_STEPS and steps[-1] == (
+        sample.score.min(), 5_000, np.count_nonzero(sample.right)
+    )
+    for step in steps[::50]:
+        above = sample.score >= step.score
+        assert step[1:] == (np.count_nonzero(above), np.count_nonzero(sample.right & above))
+    score, right, context = np.array([0.5, 0.7, 0.5, 0.1]), np.array([True, True, False, True]), np.zeros(4, np.uint64)
+    assert steps_of(Sample(score, right, context)) == [(0.7, 1, 1), (0.5, 3, 2), (0.1, 4, 3)]
+    assert steps_of(Sample()) == []
+
+
+@pytest.mark.parametrize(("k", "n", "share"), [(59, 59, 0.95), (90, 100, 0.8), (17, 30, 0.5), (300, 400, 0.7)])
+def test_the_chance_of_so_many_is_the_binomial_one(k: int, n: int, share: float) -> None:
+    table = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
+    expected = sum(math.comb(n, i) * share**i * (1 - share) ** (n - i) for i in range(k, n + 1))
+    assert calibration._chance_of_so_many(k, n, share, table) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_target_is_proven_by_a_lower_bound_and_not_by_a_share() -> None:
+    # 90 of 100 are a share of 0.9, and prove less; 100 of 100 prove 0.95 (0.01 risk a start: 0.95**100 = 0.006).
+    assert lowest_score([Step(0.9, 50, 50), Step(0.5, 100, 90)], 0.9) == (0.9, 50, 50)
+    assert lowest_score([Step(0.9, 89, 89)], 0.95) is None
+    assert lowest_score([Step(0.9, 90, 90)], 0.95) == (0.9, 90, 90)
+    assert lowest_score([Step(0.9, 90, 89)], 0.95) is None
+    assert lowest_score([], 0.5) is None
+    # Nothing is proven below a step that fails, however good it looks: except from a later start.
+    steps = [Step(0.9, 100, 100), Step(0.8, 120, 110), Step(0.7, 170, 169)]
+    assert lowest_score(steps, 0.95) == (0.9, 100, 100)
+    assert lowest_score([*steps, Step(0.6, 400, 397)], 0.95) == (0.6, 400, 397)
+
+
+@pytest.mark.parametrize("target", [0.6, 0.8, 0.9])
+def test_a_target_is_missed_no_more_often_than_said(target: float) -> None:
+    """On 60 samples of rows whose true precision is known."""
+    truth = Calibration(0.6, 0.2)
+    scores = np.linspace(0.001, 0.999, 2_000)
+    precision = np.cumsum(truth.probability(scores)[::-1])[::-1] / np.arange(len(scores), 0, -1)
+    rng = np.random.default_rng(8)
+    missed = found = 0
+    coverage = []
+    for _ in range(60):
+        score = rng.uniform(0, 1, 1_000)
+        right = rng.random(1_000) < truth.probability(score)
+        step = lowest_score(steps_of(Sample(score, right, np.zeros(1_000, np.uint64))), target)
+        if step is not None:
+            found += 1
+            missed += precision[min(np.searchsorted(scores, step.score), len(scores) - 1)] < target
+            coverage.append(step.num_rows / 1_000)
+    possible = (precision >= target).mean()
+    assert missed <= 60 * calibration.RISK and found > 55
+    assert 0.6 * possible < np.mean(coverage) < possible
+
+
+def test_a_stored_calibration_gives_probabilities_and_a_limit() -> None:
+    sample = Sample.of(details(9, 20_000))
+    found, figures = calibrate(sample)
+    stored = json.loads(json.dumps(to_json(found, figures, None, steps_of(sample))))
+    assert from_json(stored) == Probabilities(found) and from_json(stored, min_probability=0.3).min_probability == 0.3
+    limit = from_json(stored, target_precision=0.7).min_probability
+    assert limit is not None
+    kept = found.probability(sample.score) >= limit
+    assert 0.7 < sample.right[kept].mean() < 0.75 and kept.mean() > 0.05
+    with pytest.raises(OptionError, match=r"target_precision is 0\.9999.*20000 rows.*min_probability"):
+        from_json(stored, target_precision=0.9999)
+    for broken in ({"temperature": 1.0}, stored | {"temperature": -1.0}, stored | {"steps": [[1, 2]]}):
+        with pytest.raises((KeyError, TypeError, ValueError)):
+            from_json(broken)
+
+
+def test_probabilities_are_columns_and_answers_stay() -> None:
+    lines = [
+        {"row_index": i, "answer": "a", "score": score, "start": 0, "end": 1, "error": error}
+        for i, (score, error) in enumerate([(0.9, None), (0.2, None), (0.0, "too long"), (0.5, None)])
+    ]
+    table = pa.Table.from_pylist(lines, schema=PREDICTIONS)
+    plain = Probabilities(Calibration(1.0, 0.0)).add_to(table)
+    assert plain.column_names == [*PREDICTIONS.names, "probability"]
+    assert plain.select(PREDICTIONS.names).equals(table)
+    assert plain["probability"].to_pylist() == [pytest.approx(0.9), pytest.approx(0.2), None, pytest.approx(0.5)]
+    marked = Probabilities(Calibration(1.0, 0.0), 0.5).add_to(table)
+    assert marked["abstain"].to_pylist() == [False, True, True, False]
+    assert len(Probabilities(Calibration(), 0.5).add_to(table.slice(0, 0))) == 0

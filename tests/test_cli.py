@@ -83,6 +83,18 @@ def test_options_are_checked_by_name(capsys: pytest.CaptureFixture[str]) -> None
     assert caught.value.code == 2 and "--output" in capsys.readouterr().err
     assert cli.main(["train", "--input", "a", "--model", "m", "--output", "o", "--learning-rate", "-1"]) == 2
     assert "learning_rate is -1.0; allowed: a number at least 0" in capsys.readouterr().err
+    both = ("eval", "--input", "a.csv", "--compare", "a", "b")
+    for arguments, message in (
+        (("eval", "--input", "a.csv"), "allowed: --model NAME, or --compare A B"),
+        (both, "--compare needs --output"),
+        ((*both, "--model", "c", "--output", "o"), "--compare a b and --model are both given"),
+        ((*both, "--calibrate", "--output", "o"), "--compare a b and --calibrate are both given"),
+    ):
+        code, result, err = run(capsys, *arguments)
+        assert code == 2 and message in str(result["error"]) and message in err
+    limits = ("--min-probability", "0.5", "--target-precision", "0.9")
+    assert cli.main(["test", "--input", "a", "--model", "m", "--output", "o", *limits]) == 2
+    assert "target_precision is 0.9; allowed: one of them" in capsys.readouterr().err
     code, result, _ = run(capsys, "eval", "--input", "a.csv", "--model", "no-such-folder")
     assert code == 2 and "give a local folder" in str(result["error"])
 
@@ -94,12 +106,26 @@ def test_every_option_is_a_flag_with_help(job: str) -> None:
         command, cwd=REPOSITORY, capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "200"}
     )
     flags = {
-        "train": "--num-workers --use-gpu --learning-rate --eval-input", "eval": "--num-workers --max-bad-rows",
-        "test": "--use-gpu --overwrite --align-to-words", "prepare": "--dry-run --output --max-bad-rows",
+        "train": "--num-workers --use-gpu --learning-rate --eval-input", "eval": "--max-bad-rows --compare",
+        "test": "--use-gpu --overwrite --align-to-words --target-precision",
+        "prepare": "--dry-run --output --max-bad-rows",
     }
     for flag in ["--input", "--model", "--precision", "--endpoint-url", *flags[job].split()]:
         assert flag in done.stdout
     assert "default" in done.stdout
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_eval_compares_two_models(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text(GOOD)
+    output = tmp_path / "out"
+    code, result, err = run(capsys, "eval", "--input", rows, "--compare", tiny_model, tiny_model, "--output", output)
+    assert code == 0 and result["status"] == "done", err
+    assert result["a"] == result["b"] and (result["num_rows"], result["num_contexts"]) == (1, 1)
+    assert result["f1_difference"] == {"difference": 0, "low": None, "high": None, "won": 0, "lost": 0, "tied": 1}
+    assert (result["model_a"], result["output"]) == (str(tiny_model), str(output))
+    assert {path.name for path in output.iterdir()} == {"a", "b", "compare.html", "compare.json", "details"}
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -13,14 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 from ray.train import ScalingConfig
 
-from ray_qa import evaluation, prediction, schema, slices
+from ray_qa import comparison, evaluation, prediction, schema, slices
 from ray_qa.calibration import Calibration
 from ray_qa.csv_file import Part
 from ray_qa.engine import Engine
-from ray_qa.errors import BadRowsError, CSVError, InputError, OptionError
-from ray_qa.evaluation import evaluate
+from ray_qa.errors import BadRowsError, CSVError, InputError, OptionError, OutputError
+from ray_qa.evaluation import compare, evaluate
 from ray_qa.model import load_model, resolve_model
-from ray_qa.options import QAEvalArgs
+from ray_qa.options import QAEvalArgs, QATestArgs
 from ray_qa.storage import locate
 from tests.conftest import EXAMPLES
 
@@ -183,7 +183,9 @@ def test_a_part_without_usable_rows_has_empty_details(impossible: bool, tiny_mod
     assert len(written) == 0 and written.schema.equals(slices.DETAILS)
 
 
-def test_calibration_is_written_beside_the_model_too(tiny_model: Path, tmp_path: Path) -> None:
+def test_calibration_is_written_beside_the_model_and_test_finds_it(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     contexts = [f"Ann has {number} keys." for number in range(120)]
     path = write(tmp_path / "rows.csv", [(context, "who has keys?", "Ann", "0") for context in contexts])
     found = prediction.predict(path, model=tiny_model, args={"precision": "fp32"}).answers
@@ -203,6 +205,7 @@ def test_calibration_is_written_beside_the_model_too(tiny_model: Path, tmp_path:
     assert stored == json.loads((model / "calibration.json").read_text())
     assert before == stored["model_digest"] == resolve_model(model).digest  # the model is the same as before
     assert (stored["num_rows"], stored["num_contexts"], stored["null_threshold"]) == (120, 120, None)
+    assert stored["steps"][-1][1:] == [120, 80] and stored["options"]["max_answer_length"] == 15
     # The probabilities of a fit with an offset add up to the number of right answers, but for the pull.
     details = pq.read_table(tmp_path / "out" / "details")
     fitted = Calibration(stored["temperature"], stored["offset"])
@@ -210,6 +213,49 @@ def test_calibration_is_written_beside_the_model_too(tiny_model: Path, tmp_path:
     assert fitted.probability(details["score"].to_numpy()).sum() == pytest.approx(expected, abs=0.2)
     assert expected == pytest.approx(80)
     assert "class='line curve'" in (tmp_path / "out" / "report.html").read_text()
+
+    # `test` finds it there.
+    plain = prediction.predict(path, model=model, args={"precision": "fp32"}, output_path=tmp_path / "plain")
+    table = pq.read_table(tmp_path / "plain")
+    assert table.column_names == [*schema.PREDICTIONS.names, "probability"]
+    scores = table["score"].to_numpy().astype(np.float64)
+    assert table["probability"].to_pylist() == pytest.approx(fitted.probability(scores).tolist())
+    assert plain.answers[0] == found[0] and plain.answers.to_table().equals(table)
+    limit = float(np.median(table["probability"].to_numpy()))
+    limited = {"precision": "fp32", "min_probability": limit}
+    prediction.predict(path, model=model, args=limited, output_path=tmp_path / "limited")
+    marked = pq.read_table(tmp_path / "limited")
+    assert marked["abstain"].to_pylist() == (table["probability"].to_numpy() < limit).tolist()
+    assert set(marked["abstain"].to_pylist()) == {False, True} and marked["answer"].equals(table["answer"])
+
+    # A folder does not go on with another calibration, and none is taken that is not of this model and these options.
+    file = model / "calibration.json"
+    file.write_text(json.dumps(stored | {"offset": 1.0}))
+    with pytest.raises(OutputError, match="calibration was.*offset.*overwrite"):
+        prediction.predict(path, model=model, args=limited, output_path=tmp_path / "limited")
+    file.write_text(json.dumps(stored))
+    monkeypatch.setattr(prediction, "run_parts", lambda *_: pytest.fail("work was started"))
+    refused = [
+        (model, {"target_precision": 0.99}, r"target_precision is 0\.99.*120 rows of the calibration do not prove"),
+        (model, {"min_probability": 0.5, "max_answer_length": 3}, "other options .max_answer_length 15 instead of 3"),
+        (tiny_model, {"min_probability": 0.5}, r"has no calibration\.json; `jobs\.eval --calibrate`"),
+        (model, {"min_probability": 0.5, "target_precision": 0.5}, "allowed: one of them"),
+    ]
+    for at, args, message in refused:
+        with pytest.raises(OptionError, match=message):
+            prediction.predict(path, model=at, args={"precision": "fp32"} | args, output_path=tmp_path / "refused")
+    with pytest.raises(OptionError, match="without an output folder"):
+        prediction.predict(path, model=model, args=limited)
+    file.write_text(json.dumps(stored | {"model_digest": "0"}))
+    with pytest.raises(OptionError, match="made for another model"):
+        prediction.predict(path, model=model, args=limited, output_path=tmp_path / "refused")
+    file.write_text("{}")
+    with pytest.raises(OptionError, match="not what this version writes"):
+        prediction.predict(path, model=model, args=limited, output_path=tmp_path / "refused")
+    source, unlimited = resolve_model(model), QATestArgs(precision="fp32")
+    assert prediction.probabilities_of(source, unlimited, "fp32", to_files=True) is None
+    assert "no column probability" in caplog.text and not (tmp_path / "refused").exists()
+    monkeypatch.undo()
 
     few = write(tmp_path / "few.csv", rows[:9])
     with pytest.raises(InputError, match="found 9 rows with 9 contexts, 6 of them answered right and 3 wrong"):
@@ -250,3 +296,84 @@ def test_bad_further_answers_are_refused(tiny_model: Path, tmp_path: Path) -> No
 
 def test_evaluation_is_prediction_with_reducers() -> None:
     assert evaluation.run_parts is prediction.run_parts
+
+
+@pytest.fixture(scope="module")
+def other_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same architecture with other random weights."""
+    import torch
+    from transformers import AutoModelForQuestionAnswering
+
+    folder = tmp_path_factory.mktemp("other_model")
+    shutil.copytree(tiny_model, folder, dirs_exist_ok=True)
+    model = AutoModelForQuestionAnswering.from_pretrained(folder)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_two_models_on_the_same_rows(tiny_model: Path, other_model: Path, tmp_path: Path) -> None:
+    path, output = write_many(tmp_path / "many.csv"), tmp_path / "out"
+    args = {"max_bad_rows": 100, "max_seq_length": 64}  # the rows without an answer are left out
+    (output / "details").mkdir(parents=True)
+    (output / "details" / "part-000000000007.parquet").write_text("of an earlier comparison")
+    done = compare(path, models=(tiny_model, other_model), output_path=output, args=args)
+
+    assert done.b == evaluate(path, model=other_model, args=args).result != done.a
+    table = pq.read_table(output / "details")
+    assert table.schema.equals(comparison.PAIRS)
+    assert table["row_index"].to_pylist() == [row for row in range(600) if row % 6 != 2]
+    for model, result in (("a", done.a), ("b", done.b)):
+        details = pq.read_table(output / model / "details")
+        assert table[f"f1_{model}"].equals(details["f1"]) and table[f"prediction_{model}"].equals(details["prediction"])
+        assert json.loads((output / model / "eval.json").read_text())["f1"] == result.f1
+    gained = table["f1_b"].to_numpy() - table["f1_a"].to_numpy()
+    assert done.f1.difference == pytest.approx(100 * gained.mean(), abs=1e-4)
+    assert done.f1.difference == pytest.approx(done.b.f1 - done.a.f1, abs=1e-4)
+    assert (done.f1.won, done.f1.lost) == ((gained > 1e-6).sum(), (gained < -1e-6).sum()) != (0, 0)
+    assert done.num_contexts == 4 and done.f1.low is None  # too few contexts for an interval
+    stored = json.loads((output / "compare.json").read_text())
+    assert stored["f1_difference"]["difference"] == done.f1.difference and stored["b"]["loss"] == done.b.loss
+    page = (output / "compare.html").read_text()
+    assert "&lt;script&gt;" in page and "<script" not in page and "<b>who" not in page and "data-row=" in page
+
+    with pytest.raises(OutputError, match=r"already holds a comparison \('compare\.json'\)"):
+        evaluate(path, model=tiny_model, args=args, output_path=output)
+    with pytest.raises(OutputError, match=r"already holds an evaluation \('eval\.json'\)"):
+        compare(path, models=(tiny_model, other_model), args=args, output_path=output / "a")
+
+
+def test_folders_with_answers_and_with_figures_are_kept_apart(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "rows.csv", [("Ann has 3.", "who has 3?", "Ann", "0")])
+    evaluate(path, model=tiny_model, output_path=tmp_path / "figures")
+    prediction.predict(path, model=tiny_model, output_path=tmp_path / "answers")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    for module in (evaluation, prediction):
+        monkeypatch.setattr(module, "run_parts", lambda *_: pytest.fail("work was started"))
+    with pytest.raises(OutputError, match=r"answers: the folder already holds answers of test.*_manifest"):
+        evaluate(path, model=tiny_model, output_path=tmp_path / "answers")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=r"figures: .*details"):
+            prediction.predict(path, model=tiny_model, output_path=tmp_path / "figures", overwrite=overwrite)
+    assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+
+def test_rows_that_repeat_share_their_answers(tiny_model: Path, tmp_path: Path) -> None:
+    """A row of the first part and one of the last: what one has is right for the other."""
+    filler = [("Bob has 7 keys.", f"who has {i} keys?", "Bob", "0") for i in range(598)]
+    first, last = ("Ann has 3 keys.", "who?", "Ann", "0"), ("Ann has 3 keys.", "who?", "keys", "10")
+    path = write(tmp_path / "rows.csv", [first, *filler, last])
+    for share in (False, True):
+        output = tmp_path / f"out-{share}"
+        evaluate(path, model=tiny_model, args={"share_answers": share}, output_path=output)
+        golds = pq.read_table(output / "details")["golds"].to_pylist()
+        assert golds[0] == (["Ann", "keys"] if share else ["Ann"])
+        assert golds[-1] == (["keys", "Ann"] if share else ["keys"])
+        assert golds[1:-1] == [["Bob"]] * 598
+    single = write(tmp_path / "single.csv", [first])  # where nothing repeats
+    assert evaluate(single, model=tiny_model, args={"share_answers": True}).result.num_rows == 1

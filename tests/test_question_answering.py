@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -101,6 +102,22 @@ def test_default_model_from_a_hub_cache(tiny_model: Path, documented: Path) -> N
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "2 ('answer', 'score', 'start', 'end')\n"
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_eval_writes_what_the_job_writes(tiny_model: Path, documented: Path) -> None:
+    qa = HappyQuestionAnswering("BERT", str(tiny_model))
+    found = qa.eval("train-eval.csv", output_path="figures")
+    assert isinstance(found, EvalResult) and found.num_rows == 2
+    assert json.loads((documented / "figures" / "eval.json").read_text())["loss"] == found.loss
+    with pytest.raises(OptionError, match="calibrate is True without an output folder"):
+        qa.eval("train-eval.csv", calibrate=True)
+    with pytest.raises(InputError, match="calibrate found 2 rows"):
+        qa.eval("train-eval.csv", output_path="calibrated", calibrate=True)
+    with pytest.raises(OptionError, match=r"min_probability is 0\.5 without an output folder"):
+        qa.test("test.csv", {"min_probability": 0.5})
+    with pytest.raises(OptionError, match=r"target_precision is 0\.5 without an output folder"):
+        qa.answer_question("Ann has 3 keys.", "who?", args={"target_precision": 0.5})
 
 
 def test_a_single_question_needs_no_ray(tiny_model: Path) -> None:

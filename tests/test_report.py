@@ -12,7 +12,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from ray_qa.report import render
+from ray_qa.comparison import Example
+from ray_qa.report import render, render_comparison
 from ray_qa.slices import DETAILS, Summary
 from tests.test_slices import random_lines
 
@@ -89,6 +90,39 @@ def test_page_has_its_charts_and_rows_and_no_foreign_markup() -> None:
         assert text in html
 
 
+def comparison_page(**changes: object) -> str:
+    example = Example(-1.0, -0.5, 7, f"who? {HOSTILE}", ("Bob's", HOSTILE), "Ann" + HOSTILE, "", 0.5, 0.25, 0.0, 1.0,
+                      (("Ann & ", ""), (HOSTILE, "gold")))
+    gained = {"difference": 2.5, "low": 0.75, "high": 4.25, "won": 80, "lost": 50, "tied": 1060}
+    figures = {
+        "model_a": f"first {HOSTILE}", "model_b": "second", "input": f"{HOSTILE}.csv", "num_rows": 1190,
+        "num_contexts": 240, "exact_match_difference": gained, "f1_difference": gained | {"low": -0.5}, "a": FIGURES,
+        "b": FIGURES, "precision": "fp32",
+    }
+    return render_comparison(figures | changes, [example] * 3, [example] * 2)
+
+
+def check_comparison(html: str) -> None:
+    reader = Reader(html)
+    assert not {"script", "img", "link", "iframe", "object"} & set(reader.tags) and not reader.addresses
+    assert reader.rows == 5 and reader.charts == ["difference", "figures"] and reader.tags.count("svg") == 1
+    assert reader.context == f"Ann & {HOSTILE}" and reader.marks == ["gold"]
+
+
+def test_page_of_a_comparison_has_its_figures_and_rows_and_no_foreign_markup() -> None:
+    html = comparison_page()
+    check_comparison(html)
+    for text in ("+2.50", "+0.75 to +4.25 (95&nbsp;%): more than chance", "-0.50 to +4.25 (95&nbsp;%): chance may",
+                 "<td>80</td><td>50</td><td>1,060</td>", "1,190", "240", "43.6", "score 0.500 · F1 0.00"):
+        assert text in html, text
+
+
+def test_page_of_a_comparison_without_intervals_or_rows() -> None:
+    nothing = {"difference": float("nan"), "low": None, "high": None, "won": 0, "lost": 0, "tied": 0}
+    html = comparison_page(exact_match_difference=nothing, f1_difference=nothing)
+    assert "too few contexts for an interval" in html and "nan" not in html
+
+
 def test_page_shows_what_a_calibration_gains() -> None:
     gain = {"before": 0.671, "after": 0.597, "gain_low": 0.035, "gain_high": 0.115}
     found = {"temperature": 1.83, "offset": -0.41, "num_rows_measured": 596, "negative_log_likelihood": gain,
@@ -138,6 +172,14 @@ def test_a_browser_draws_the_page(chromium: str, tmp_path: Path) -> None:
     data = picture.read_bytes()
     assert data.startswith(b"\x89PNG") and int.from_bytes(data[16:20], "big") == 1200
     assert len(data) > 50_000  # an empty page of this size has some 10 kB
+
+
+def test_a_browser_draws_the_comparison(chromium: str, tmp_path: Path) -> None:
+    path = tmp_path / "compare.html"
+    path.write_text(comparison_page(), encoding="utf-8")
+    dom = browse(chromium, path.as_uri(), tmp_path, "--dump-dom")
+    check_comparison(re.sub(r"<!--.*?-->", "", dom))
+    assert "<title>ray_qa: second against first &lt;script&gt;" in dom  # and not "taken": nothing was run
 
 
 def test_the_browser_would_have_run_it(chromium: str, tmp_path: Path) -> None:
