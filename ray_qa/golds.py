@@ -37,8 +37,9 @@ def short_keys(keys: KeyArray) -> npt.NDArray[np.uint64]:
 
 
 def repeated(short: Iterable[npt.NDArray[np.uint64]]) -> npt.NDArray[np.uint64]:
-    """Short keys, ascending, that more than one row of all parts has; needs 8 bytes a row, and as much to sort them."""
-    joined = np.sort(np.concatenate([np.zeros(0, np.uint64), *short]))
+    """Short keys, ascending, that more than one row of all parts has; needs 16 bytes a row for a while."""
+    joined = np.concatenate([np.zeros(0, np.uint64), *short])
+    joined.sort()
     again = joined[1:] == joined[:-1]
     return np.unique(joined[1:][again])
 
