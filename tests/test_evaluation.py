@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from ray.train import ScalingConfig
 
-from ray_qa import comparison, evaluation, prediction, schema, slices
+from ray_qa import HappyQuestionAnswering, comparison, evaluation, prediction, schema, slices
 from ray_qa.calibration import Calibration
 from ray_qa.csv_file import Part
 from ray_qa.engine import Engine
@@ -22,7 +22,6 @@ from ray_qa.evaluation import compare, evaluate
 from ray_qa.model import load_model, resolve_model
 from ray_qa.options import QAEvalArgs, QATestArgs
 from ray_qa.storage import locate
-from tests.conftest import EXAMPLES
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -33,22 +32,11 @@ def write(path: Path, rows: list[tuple[str, ...]]) -> Path:
     return path
 
 
-def test_figures_do_not_depend_on_the_workers(tiny_model: Path) -> None:
-    one = evaluate(EXAMPLES / "eval.csv", model=tiny_model, scaling=ScalingConfig(num_workers=1))
-    two = evaluate(EXAMPLES / "eval.csv", model=tiny_model, scaling=ScalingConfig(num_workers=2))
-    assert one.result == two.result
-    with open(EXAMPLES / "eval.csv", newline="", encoding="utf-8") as stream:
-        assert one.result.num_rows == sum(1 for _ in csv.DictReader(stream)) == one.result.num_windows
-    assert one.result.loss > 1 and one.result.exact_match <= one.result.f1 <= 100
-    assert one.precision == "fp32"
-
-
 @pytest.mark.shared
 def test_loss_of_the_documented_rows_as_happy_transformer_counts_it(shared: Path) -> None:
     model, rows = shared / "models" / "minilm-squad", shared / "data" / "documented.csv"
-    assert evaluate(rows, model=model).result.loss == pytest.approx(0.09028688, abs=1e-6)
-    happy = evaluate(rows, model=model, args={"pair_order": "context_first"}).result
-    assert happy.loss == pytest.approx(0.2075435370206833, abs=1e-6)
+    done = evaluate(rows, model=model, args={"pair_order": "context_first"})
+    assert done.result.loss == pytest.approx(0.2075435370206833, abs=1e-6) and done.precision == "fp32"
 
 
 def test_bad_labels_are_refused_before_any_work(
@@ -69,21 +57,26 @@ def test_bad_labels_are_refused_before_any_work(
         assert f"{path}, record {record}, column {column}" in message and found in message
 
 
-def test_allowed_bad_rows_are_left_out(tiny_model: Path, tmp_path: Path) -> None:
+def test_rows_that_are_bad_or_long_or_have_no_answer(tiny_model: Path, tmp_path: Path) -> None:
+    """Bad ones are left out, too long ones count as wrong, those without an answer count where they are asked for."""
     good = ("Ann has 3.", "who has 3?", "Ann", "0")
-    damaged = write(tmp_path / "damaged.csv", [good, ("Ann has 3.", "who has 3?", "Bob", "0"), good])
-    clean = write(tmp_path / "clean.csv", [good, good])
-    left_out = evaluate(damaged, model=tiny_model, args={"max_bad_rows": 1}).result
-    assert (left_out.num_rows, left_out.num_bad_rows) == (2, 1)
-    assert left_out.loss == evaluate(clean, model=tiny_model).result.loss
-
-
-def test_rows_without_an_answer_where_they_are_asked_for(tiny_model: Path, tmp_path: Path) -> None:
-    path = write(tmp_path / "v2.csv", [("Ann has 3.", "who has 3?", "Ann", "0"), ("Ann has 3.", "who?", "", "-1")])
+    bad, long = ("Ann has 3.", "who has 3?", "Bob", "0"), ("Ann has 3.", "who " * 500, "Ann", "0")
+    path = write(tmp_path / "rows.csv", [good, bad, good, long, ("Ann has 3.", "who?", "", "-1")])
     with pytest.raises(BadRowsError, match="handle_impossible_answer"):
-        evaluate(path, model=tiny_model)
-    done = evaluate(path, model=tiny_model, args={"handle_impossible_answer": True}).result
-    assert (done.num_rows, done.num_bad_rows) == (2, 0)
+        evaluate(path, model=tiny_model, args={"max_bad_rows": 1})
+    args = QAEvalArgs(max_bad_rows=1, handle_impossible_answer=True)
+    done = evaluate(path, model=tiny_model, args=args).result
+    assert (done.num_rows, done.num_bad_rows, done.num_error_rows, done.num_windows) == (4, 1, 1, 3)
+    assert done.num_no_answer == 1
+
+    engine = Engine(load_model(tiny_model, device="cpu", precision="fp32"), args)
+    names = ("row_index", *schema.TRAIN_COLUMNS)
+    rows = [(i, *good[:3], 0) for i in range(2)] + [(2, "Ann has 3.", "who?", "", -1)]
+    table = pa.table({name: pa.array(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)})
+    found = evaluation.Scorer(args, locate(tmp_path), False)(
+        Part(file=0, start=0, end=0, first_row=0, num_rows=3), table, engine.answer(table, with_loss=True)
+    )
+    assert done.loss == pytest.approx(found.scores.loss, abs=1e-6)
 
 
 def test_a_file_without_rows_or_labels(tiny_model: Path, tmp_path: Path) -> None:
@@ -93,13 +86,6 @@ def test_a_file_without_rows_or_labels(tiny_model: Path, tmp_path: Path) -> None
     unlabelled.write_text("context,question\na,b\n")
     with pytest.raises(CSVError, match="lacks the column answer_text, answer_start"):
         evaluate(unlabelled, model=tiny_model)
-
-
-def test_a_question_too_long_for_the_window_counts_as_wrong(tiny_model: Path, tmp_path: Path) -> None:
-    good = ("Ann has 3.", "who has 3?", "Ann", "0")
-    path = write(tmp_path / "long.csv", [good, ("Ann has 3.", "who " * 500, "Ann", "0")])
-    done = evaluate(path, model=tiny_model).result
-    assert (done.num_rows, done.num_error_rows, done.num_windows) == (2, 1, 1)
 
 
 LABELLED = ("context", "question", "answer_text", "answer_start", "answers")
@@ -164,8 +150,6 @@ def test_output_folder_is_the_same_for_any_workers(tiny_model: Path, tmp_path: P
     page = (outputs[0] / "report.html").read_text()
     assert page.count("data-row=") == 50 and page.count("<figure data-chart=") == 7
     assert "&lt;script&gt;" in page and "<script" not in page and "<b>who" not in page
-    without = evaluate(path, model=tiny_model, args=args, scaling=ScalingConfig(num_workers=2)).result
-    assert without == result
 
 
 @pytest.mark.parametrize("impossible", [False, True])
@@ -188,9 +172,10 @@ def test_calibration_is_written_beside_the_model_and_test_finds_it(
 ) -> None:
     contexts = [f"Ann has {number} keys." for number in range(120)]
     path = write(tmp_path / "rows.csv", [(context, "who has keys?", "Ann", "0") for context in contexts])
-    found = prediction.predict(path, model=tiny_model, args={"precision": "fp32"}).answers
+    qa = HappyQuestionAnswering("BERT", str(tiny_model))
     rows = []
-    for number, (context, answer) in enumerate(zip(contexts, found, strict=True)):  # two of three are right
+    for number, context in enumerate(contexts):  # two of three are right
+        (answer,) = qa.answer_question(context, "who has keys?", args={"precision": "fp32"})
         wrong = "keys" if answer.answer == "has" else "has"
         label = (answer.answer, str(answer.start)) if number % 3 else (wrong, str(context.index(wrong)))
         rows.append((context, "who has keys?", *label))
@@ -215,18 +200,17 @@ def test_calibration_is_written_beside_the_model_and_test_finds_it(
     assert "class='line curve'" in (tmp_path / "out" / "report.html").read_text()
 
     # `test` finds it there.
-    plain = prediction.predict(path, model=model, args={"precision": "fp32"}, output_path=tmp_path / "plain")
-    table = pq.read_table(tmp_path / "plain")
-    assert table.column_names == [*schema.PREDICTIONS.names, "probability"]
-    scores = table["score"].to_numpy().astype(np.float64)
-    assert table["probability"].to_pylist() == pytest.approx(fitted.probability(scores).tolist())
-    assert plain.answers[0] == found[0] and plain.answers.to_table().equals(table)
-    limit = float(np.median(table["probability"].to_numpy()))
+    limit = float(np.median(fitted.probability(details["score"].to_numpy())))
     limited = {"precision": "fp32", "min_probability": limit}
-    prediction.predict(path, model=model, args=limited, output_path=tmp_path / "limited")
-    marked = pq.read_table(tmp_path / "limited")
-    assert marked["abstain"].to_pylist() == (table["probability"].to_numpy() < limit).tolist()
-    assert set(marked["abstain"].to_pylist()) == {False, True} and marked["answer"].equals(table["answer"])
+    answered = prediction.predict(path, model=model, args=limited, output_path=tmp_path / "limited").answers
+    table = pq.read_table(tmp_path / "limited")
+    assert table.column_names == [*schema.PREDICTIONS.names, "probability", "abstain"]
+    assert answered.to_table().equals(table) and answered[0]._fields == ("answer", "score", "start", "end")
+    probability = fitted.probability(table["score"].to_numpy().astype(np.float64))
+    assert table["probability"].to_pylist() == pytest.approx(probability.tolist())
+    assert table["abstain"].to_pylist() == (table["probability"].to_numpy() < limit).tolist()
+    assert set(table["abstain"].to_pylist()) == {False, True}
+    assert table["answer"].to_pylist() == details["prediction"].to_pylist()
 
     # A folder does not go on with another calibration, and none is taken that is not of this model and these options.
     file = model / "calibration.json"
@@ -264,25 +248,22 @@ def test_calibration_is_written_beside_the_model_and_test_finds_it(
 
 
 def test_further_answers_and_normalization_count(tiny_model: Path, tmp_path: Path) -> None:
+    context, question = "Der Hund 東京!", "wer?"
+    (found,) = HappyQuestionAnswering("BERT", str(tiny_model)).answer_question(context, question)
+    label = "H" if found.answer != "H" else "u"
+    further = ["", json.dumps(["nothing", found.answer]), json.dumps([f"dem {found.answer}"])]
     path = tmp_path / "rows.csv"
-    (answer,) = [line.answer for line in prediction.predict(
-        write(path, [("Der Hund 東京!", "wer?", "Hund", "4")]), model=tiny_model, args={"precision": "fp32"}
-    ).answers]
+    with open(path, "w", newline="", encoding="utf-8") as stream:
+        rows = [(context, question, label, context.index(label), answers) for answers in further]
+        csv.writer(stream).writerows([LABELLED, *rows])
 
-    def figures(answers: str, **args: str) -> tuple[float, float]:
-        with open(path, "w", newline="", encoding="utf-8") as stream:
-            label = "H" if answer != "H" else "u"
-            start = "Der Hund 東京!".index(label)
-            rows = [LABELLED, ("Der Hund 東京!", "wer?", label, start, answers)]
-            csv.writer(stream).writerows(rows)
-        done = evaluate(path, model=tiny_model, args=args).result
-        return done.exact_match, done.f1
+    def exact(**args: str) -> list[float]:
+        output = tmp_path / "-".join(["out", *args.values()])
+        evaluate(path, model=tiny_model, args=args, output_path=output)
+        return pq.read_table(output / "details")["exact_match"].to_pylist()
 
-    assert answer and figures("") == (0, 0)
-    assert figures(json.dumps(["nothing", answer])) == (100, 100)
-    german = json.dumps([f"dem {answer}"])
-    assert figures(german)[0] == 0
-    assert figures(german, normalization="mlqa", language="de") == (100, 100)
+    assert exact() == [0, 1, 0]
+    assert exact(normalization="mlqa", language="de") == [0, 1, 1]
 
 
 def test_bad_further_answers_are_refused(tiny_model: Path, tmp_path: Path) -> None:
