@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ray_qa.reading import RUN_BYTES
+from ray_qa.reading import READ_PART_BYTES
 
 WORDS = (
     "the of and in to a was is for as on with by that it from at his an were are which this also be had or has first "
@@ -212,7 +212,7 @@ def main() -> None:
         print("|---|---|---|---|---|")
         tenth = path.with_name("tenth.csv")
         make_csv(tenth, size // 10)
-        for what, part_bytes in (("read_csv", RUN_BYTES), ("the jobs", None)):
+        for what, part_bytes in (("read_csv", READ_PART_BYTES), ("the jobs", None)):
             for file in (tenth, path):
                 for peak, largest, num_parts in in_process(peak_of_worker, file, part_bytes):
                     gigabytes = file.stat().st_size / 1e9

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import IO, Literal, TextIO
@@ -249,24 +250,43 @@ def count_error(file: CSVFile, start: int, record: int, found: int, excerpt: str
     )
 
 
-def read_range(file: CSVFile, start: int, end: int) -> pa.Buffer:
-    """The stored bytes [start, end)."""
+class _Memory(threading.local):
+    """Memory that reads of one thread share: fresh pages for each would cost as much as reading itself."""
 
-    def read() -> tuple[int, pa.Buffer]:
+    def __init__(self) -> None:
+        self._bytes: Bytes = np.empty(0, dtype=np.uint8)
+
+    def of(self, size: int) -> Bytes:
+        if self._bytes.size < size:
+            self._bytes = np.empty(size, dtype=np.uint8)
+        return self._bytes[:size]
+
+
+_memory = _Memory()
+
+
+def read_range(file: CSVFile, start: int, end: int) -> pa.Buffer:
+    """The stored bytes [start, end), until this thread's next call."""
+    data = _memory.of(end - start)
+
+    def read() -> tuple[int, int]:
         with file.location.filesystem.open_input_file(file.location.path) as stored:
             stored.seek(start)
-            return stored.size(), stored.read_buffer(end - start)
+            filled = 0
+            while filled < data.size and (count := stored.readinto(data[filled:])):
+                filled += count
+            return stored.size(), filled
 
     try:
-        size, data = retry(read)
+        size, filled = retry(read)
     except OSError as error:
         raise unreadable(file, error) from error
-    if size != file.size or data.size != end - start:
+    if size != file.size or filled != data.size:
         raise CSVError(
             f"the file was changed after it was indexed: it had {file.size} bytes, now {size}",
             file=file.location.uri,
         )
-    return data
+    return pa.py_buffer(data)
 
 
 def open_text(file: CSVFile) -> pa.NativeFile:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from ray_qa.csv_file import (
     CR,
@@ -215,7 +216,8 @@ def _find_nul(data: Bytes, offset: int) -> int:
 
 
 def _block_digest(block: Bytes) -> bytes:
-    return hashlib.sha256(block.data).digest()[:16]
+    # It tells one content from another by chance, not by malice; SHA-256 took a fifth of the scan.
+    return xxhash.xxh3_128_digest(block.data)
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,12 @@ CSV_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".csv.bz2", ".tsv.bz2", ".
 
 #: Runs that Ray Data schedules at most: beyond this, a task's fixed cost is shared by several parts.
 MAX_RUNS = 2_000
-#: Text that is worth a task: it is parsed in about as long as the task takes to start.
-RUN_BYTES = 16 << 20
+#: Text that is worth a task: Ray Data takes some 30 ms for each, in which as much can be parsed as this is a few times.
+RUN_BYTES = 64 << 20
 #: But as many runs as this for every CPU come first, so that all of them end at about the same time.
 _RUNS_PER_CPU = 8
+#: Parts of `read_csv`, which publishes nothing and so need not have small ones.
+READ_PART_BYTES = 16 << 20
 #: Chunks below this number are scanned by the driver: a task would cost more than it saves.
 _FEW_CHUNKS = 2
 _CHUNKS_IN_FLIGHT_PER_CPU = 2
@@ -136,11 +138,11 @@ def read_csv(
     """
     cluster.connect()
     index = index_input(
-        paths, required_columns=columns or (), delimiter=delimiter, part_bytes=RUN_BYTES,
+        paths, required_columns=columns or (), delimiter=delimiter, part_bytes=READ_PART_BYTES,
         storage_options=storage_options,
     )
     reader = partial(_read_tables, ray.put(index), None if columns is None else list(columns))
-    return part_runs(index).map_batches(reader, batch_size=1, batch_format="numpy")
+    return _task_runs(index).map_batches(reader, batch_size=1, batch_format="numpy")
 
 
 def _read_tables(
@@ -162,14 +164,18 @@ def map_parts(
     if not index.num_parts or (parts is not None and not len(parts)):
         return
     mapper = partial(_call_on_parts, ray.put(index), None if columns is None else list(columns), function)
-    num_parts = index.num_parts if parts is None else len(parts)
-    worth_a_task = RUN_BYTES * index.num_parts // max(1, index.num_bytes)
-    fair_share = num_parts // (_RUNS_PER_CPU * max(1, sum(cluster.cpus_per_node())))
-    runs = part_runs(index, parts, parts_per_run=max(1, min(worth_a_task, fair_share)))
-    results = runs.map_batches(mapper, batch_size=1, batch_format="numpy")
+    results = _task_runs(index, parts).map_batches(mapper, batch_size=1, batch_format="numpy")
     for batch in cluster.batches(results):
         for cell in batch["result"]:
             yield cluster.unpack(cell)
+
+
+def _task_runs(index: CSVIndex, parts: Sequence[int] | None = None) -> ray.data.Dataset:
+    """Runs for tasks that only read: long enough to be worth a task each, short enough to keep all CPUs at work."""
+    num_parts = index.num_parts if parts is None else len(parts)
+    worth_a_task = RUN_BYTES * index.num_parts // max(1, index.num_bytes)
+    fair_share = num_parts // (_RUNS_PER_CPU * max(1, sum(cluster.cpus_per_node())))
+    return part_runs(index, parts, parts_per_run=max(1, min(worth_a_task, fair_share)))
 
 
 def _call_on_parts(
