@@ -1,36 +1,60 @@
 """A folder of answers: part files, the manifest, what is done, and the proof that nothing is missing.
 
-A part file is named by its first row, so that the order of names is the order of the CSV; it carries the
-hash of the plan that made it, so that a file of another run cannot slip in. `_plan.json` is written first
-and says what the folder is for, `_manifest.json` is written last and says that it is complete; a reader of
-the folder skips names that begin with an underscore.
+A part file is named by its first row, so that the order of names is the order of the CSV; its Parquet footer carries
+the hash of the plan that made it, so that a file of another run cannot slip in, and a checksum of the pages before it.
+So the footer tells what a part is, the file's size whether all of it is there, and a checksum of the footer stands for
+the whole file; the pages are read again by `verify` alone. `_plan.json` is written first and says what the folder is
+for, `_manifest.json` is written last and says that it is complete; a reader of the folder skips names that begin with
+an underscore.
 
 Knows nothing of Ray, of CSV or of models.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+import uuid
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from ray_qa.errors import OutputError, WorkError
 from ray_qa.schema import PREDICTIONS, ROW_INDEX, QuestionAnsweringResult
-from ray_qa.storage import Location, PathLike, locate
+from ray_qa.storage import Location, PathLike, locate, retry
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 PLAN_NAME = "_plan.json"
 MANIFEST_NAME = "_manifest.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 _PLAN_KEY = b"ray_qa.plan"
 _PART_KEY = b"ray_qa.part"
+#: Files that are looked at at a time; the waiting is the storage's.
+_THREADS = 16
+#: Names of files that a writer leaves behind when it is killed; see `Location.publish`.
+_LEFT_BEHIND = ("_part-", f"_{PLAN_NAME}.", f"_{MANIFEST_NAME}.", "_probe.")
+#: A row group of a single file.
+_GROUP_ROWS = 1 << 17
+_GROUP_BYTES = 64 << 20
+#: Read at a file's end: as much as a footer of a few columns takes.
+_FOOTER_BYTES = 16 << 10
+#: Differences that an error lists.
+_LISTED = 5
 
 
 @dataclass(frozen=True)
@@ -41,7 +65,9 @@ class PartFile:
     num_rows: int
     num_errors: int
     checksum: str
-    """BLAKE2b-128 of the file's bytes, hex."""
+    """BLAKE2b-128 of the file's footer, hex, which holds that of the pages."""
+    num_bytes: int = 0
+    """Of the whole file."""
 
 
 def part_name(first_row: int) -> str:
@@ -72,6 +98,16 @@ def check_rows(table: pa.Table, first_row: int, num_rows: int) -> None:
         )
 
 
+def check_answers(contexts: pa.ChunkedArray, predictions: pa.Table) -> None:
+    """Raise WorkError unless ``context[start:end] == answer`` in every row; one prediction for each context."""
+    given = pc.or_(pc.not_equal(predictions["answer"], ""), pc.not_equal(predictions["end"], predictions["start"]))
+    rows = pc.indices_nonzero(given)
+    columns = (predictions[name].take(rows).to_pylist() for name in (ROW_INDEX, "start", "end", "answer"))
+    for context, row, start, end, answer in zip(contexts.take(rows).to_pylist(), *columns, strict=True):
+        if context[start:end] != answer:
+            raise WorkError(f"row {row}: the answer {answer!r} does not stand at [{start}, {end}) of the context")
+
+
 @dataclass(frozen=True)
 class ResultFolder:
     """The output folder of one run; can be pickled, so that workers publish their parts themselves."""
@@ -91,38 +127,73 @@ class ResultFolder:
             raise OutputError(f"{self.location.uri}: the folder was taken over by another run")
         num_errors = _num_error_rows(table)
         part = {"first_row": first_row, "num_rows": num_rows, "num_errors": num_errors}
-        metadata = {_PLAN_KEY: self.plan_hash.encode(), _PART_KEY: json.dumps(part).encode()}
-        sink = pa.BufferOutputStream()
-        pq.write_table(table.replace_schema_metadata(metadata), sink)
-        data = sink.getvalue()
+        data, num_page_bytes = _to_parquet(table, self.plan_hash, part)
         (self.location / part_name(first_row)).publish(data)
-        return PartFile(first_row, num_rows, num_errors, _checksum(data))
+        return PartFile(first_row, num_rows, num_errors, _checksum(memoryview(data)[num_page_bytes:]), len(data))
+
+    def find(self, first_row: int) -> PartFile | None:
+        """The part that begins at ``first_row``, where it is already there."""
+        location = self.location / part_name(first_row)
+        return _inspect(location, self.plan_hash) if location.exists() else None
 
     def published(self) -> dict[int, PartFile]:
-        """Parts of this plan that are already there, by first row; the files are read and checked.
+        """Parts of this plan that are already there, by first row; their footers are read, several at a time.
 
         Raises:
             OutputError: a part file in the folder is of another plan, or is damaged.
         """
-        found = {}
-        for info in self.location.list():
-            if info.type == pafs.FileType.File and info.base_name.startswith("part-"):
-                part = _inspect(self.location / info.base_name, self.plan_hash)
-                found[part.first_row] = part
-        return found
+        found = _in_parallel(lambda name: _inspect(self.location / name, self.plan_hash), self._part_sizes())
+        return {part.first_row: part for part in found}
 
-    def finish(self, plan: Mapping[str, Any], parts: Iterable[PartFile], num_rows: int) -> dict[str, Any]:
-        """Prove that ``parts`` and the files in the folder are the same and cover every row once;
-        then write the manifest. Returns it."""
+    def _part_sizes(self) -> dict[str, int]:
+        """Name and size of every part file."""
+        return {
+            info.base_name: info.size for info in self.location.list()
+            if info.type == pafs.FileType.File and info.base_name.startswith("part-")
+        }
+
+    def _delete_damaged(self) -> None:
+        def check(name: str) -> None:
+            try:
+                _inspect(self.location / name, self.plan_hash, whole=True)
+            except (OutputError, WorkError):
+                (self.location / name).delete()
+
+        for _ in _in_parallel(check, self._part_sizes()):
+            pass
+
+    def finish(
+        self, plan: Mapping[str, Any], parts: Iterable[PartFile], num_rows: int, *, checked: Collection[int] = ()
+    ) -> dict[str, Any]:
+        """Prove that ``parts`` and the files in the folder are the same and cover every row once; then write the
+        manifest. Returns it.
+
+        Names and sizes are compared for all parts, and what the footers say (checksums among it) for those that are
+        not ``checked``, by first row: those that `published` has just found.
+
+        Raises:
+            WorkError: they are not; the message names rows or files.
+        """
         ordered = sorted(parts, key=lambda part: part.first_row)
         prove_tiling(ordered, num_rows)
-        names = {i.base_name for i in self.location.list() if i.base_name.startswith("part-")}
-        expected = {part_name(part.first_row) for part in ordered}
-        if names != expected:
-            raise WorkError(
-                f"{self.location.uri}: part files and plan differ; missing {sorted(expected - names)[:5]}, "
-                f"not of this run {sorted(names - expected)[:5]}"
-            )
+        sizes = self._part_sizes()
+        expected = {part_name(part.first_row): part for part in ordered}
+        _same_names(self.location, set(sizes), set(expected))
+        skip = checked if isinstance(checked, (set, dict)) else set(checked)
+
+        def difference(name: str) -> str | None:
+            part = expected[name]
+            found = part if part.first_row in skip else _inspect(self.location / name, self.plan_hash)
+            if found == part and sizes[name] == part.num_bytes:
+                return None
+            return f"{name} is not the file that was published: {found}, {sizes[name]} bytes, in place of {part}"
+
+        try:
+            different = [text for text in _in_parallel(difference, expected) if text is not None]
+        except OutputError as error:
+            raise WorkError(str(error)) from error
+        if different:
+            raise WorkError(f"{self.location.uri}: {'; '.join(different[:_LISTED])}")
         manifest = {
             "version": MANIFEST_VERSION,
             "plan": dict(plan),
@@ -130,14 +201,23 @@ class ResultFolder:
             "num_rows": num_rows,
             "num_parts": len(ordered),
             "num_errors": sum(part.num_errors for part in ordered),
-            "parts": [[part.first_row, part.num_rows, part.num_errors, part.checksum] for part in ordered],
+            "parts": [
+                [part.first_row, part.num_rows, part.num_errors, part.checksum, part.num_bytes] for part in ordered
+            ],
         }
+        for info in self.location.list():
+            if info.base_name.startswith(_LEFT_BEHIND):
+                (self.location / info.base_name).delete()
         (self.location / MANIFEST_NAME).publish(json.dumps(manifest).encode())
         return manifest
 
 
 def begin(location: Location, plan: Mapping[str, Any], *, overwrite: bool = False) -> ResultFolder:
     """Take a folder for a run, fresh or to be resumed.
+
+    With ``overwrite``: another run's output, and a finished one of this very plan, are thrown away; an unfinished one
+    of this plan is resumed, without its damaged parts. So a command with ``overwrite`` goes on, too, when it is
+    started again after it was killed.
 
     Raises:
         OutputError: the folder cannot be written, or holds something that is not of this plan and
@@ -147,7 +227,11 @@ def begin(location: Location, plan: Mapping[str, Any], *, overwrite: bool = Fals
     location.make_folder()
     old = _read_json(location / PLAN_NAME)
     if old.get("hash") == folder.plan_hash:
-        return folder
+        if not overwrite:
+            return folder
+        if not (location / MANIFEST_NAME).exists():
+            folder._delete_damaged()
+            return folder
     strangers = [info.base_name for info in location.list() if not info.base_name.startswith((".", "_"))]
     if not overwrite and (old or strangers):
         what = _describe_difference(old.get("plan", {}), plan) if old else f"files such as {strangers[0]!r}"
@@ -158,9 +242,12 @@ def begin(location: Location, plan: Mapping[str, Any], *, overwrite: bool = Fals
     foreign = [name for name in strangers if not name.startswith("part-")]
     if foreign:
         raise OutputError(f"{location.uri}: {foreign[0]!r} is no file of ray_qa; it is not overwritten")
-    # The manifest goes first: from here on nobody can take what is left for a finished run.
-    for name in [MANIFEST_NAME, PLAN_NAME, *strangers]:
+    # The manifest goes first: from here on nobody can take what is left for a finished run. The plan goes before the
+    # parts: nobody can take what is left of them for this run's.
+    for name in (MANIFEST_NAME, PLAN_NAME):
         (location / name).delete()
+    for _ in _in_parallel(lambda name: (location / name).delete(), strangers):
+        pass
     (location / PLAN_NAME).publish(json.dumps({"hash": folder.plan_hash, "plan": dict(plan)}).encode())
     return folder
 
@@ -183,20 +270,73 @@ def prove_tiling(parts: Sequence[PartFile], num_rows: int) -> None:
         raise WorkError(f"the parts end at row {expected}, the input at row {num_rows}")
 
 
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found to hold."""
+
+    num_rows: int
+    num_parts: int
+    num_errors: int
+    num_bytes: int
+
+
+def verify(path: PathLike, *, storage_options: Mapping[str, object] | None = None) -> Verification:
+    """Prove a finished folder again: every byte of every part is read.
+
+    The parts tile [0, N); each is of the manifest's plan, has the size, the checksum and the counts that the manifest
+    says, and holds every row of its own in order; no part file is there beside them.
+
+    Raises:
+        OutputError: there is no finished folder.
+        WorkError: something does not hold; the message names the files.
+    """
+    location = locate(path, storage_options=storage_options)
+    manifest = _finished(location)
+    parts = [PartFile(*part) for part in manifest["parts"]]
+    prove_tiling(parts, manifest["num_rows"])
+    plan = manifest["plan_hash"]
+    problems = [] if plan == plan_hash(manifest["plan"]) else [f"{MANIFEST_NAME}: the plan is not that of its hash"]
+    for name, total in (("num_parts", len(parts)), ("num_errors", sum(part.num_errors for part in parts))):
+        if manifest[name] != total:
+            problems.append(f"{MANIFEST_NAME}: {name} is {manifest[name]}, its parts have {total}")
+    found = {info.base_name for info in location.list() if info.base_name.startswith("part-")}
+    _same_names(location, found, {part_name(part.first_row) for part in parts})
+
+    def problem(part: PartFile) -> str | None:
+        name = part_name(part.first_row)
+        try:
+            read = _inspect(location / name, plan, whole=True)
+        except (OutputError, WorkError) as error:
+            return str(error)
+        return None if read == part else f"{name}: the manifest has {part}, the file is {read}"
+
+    problems += [text for text in _in_parallel(problem, parts) if text is not None]
+    if problems:
+        more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        raise WorkError(f"{location.uri}: not what the manifest says: {'; '.join(problems[:_LISTED])}{more}")
+    return Verification(
+        manifest["num_rows"], len(parts), manifest["num_errors"], sum(part.num_bytes for part in parts)
+    )
+
+
 class Answers(Sequence[QuestionAnsweringResult]):
     """The answers of a finished folder, in CSV order, read part by part when they are asked for.
 
-    ``len``, index, slice and iterate like a list; one part at a time is in memory (a few are kept).
+    ``len``, index, slice and iterate like a list; one part at a time is in memory (a few are kept). Can be pickled:
+    it is the place that travels, not the answers.
     """
 
     def __init__(self, location: Location) -> None:
-        manifest = read_manifest(location)
-        if manifest is None:
-            raise OutputError(f"{location.uri}: no finished results ({MANIFEST_NAME} is not there)")
+        manifest = _finished(location)
+        parts = manifest.pop("parts")
         self.location = location
-        self.manifest = manifest
-        self._firsts = np.array([part[0] for part in manifest["parts"]], dtype=np.int64)
-        self._table = lru_cache(maxsize=4)(self._read)
+        self.manifest: dict[str, Any] = manifest
+        """Of the whole folder: num_rows, num_parts, num_errors, plan."""
+        self._firsts = np.array([part[0] for part in parts], dtype=np.int64)
+        self._table: Callable[[int], pa.Table] = lru_cache(maxsize=4)(self._read)
+
+    def __reduce__(self) -> tuple[type[Answers], tuple[Location]]:
+        return Answers, (self.location,)
 
     def __len__(self) -> int:
         return int(self.manifest["num_rows"])
@@ -207,29 +347,98 @@ class Answers(Sequence[QuestionAnsweringResult]):
     def __getitem__(self, index: slice) -> list[QuestionAnsweringResult]: ...
     def __getitem__(self, index: int | slice) -> QuestionAnsweringResult | list[QuestionAnsweringResult]:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+            return self._slice(range(*index.indices(len(self))))
         row = index + len(self) if index < 0 else index
         if not 0 <= row < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        part = int(np.searchsorted(self._firsts, row, side="right")) - 1
+            raise IndexError(f"row {row} of {len(self)}")
+        part = self._part_of(row)
         return to_results(self._table(part).slice(row - int(self._firsts[part]), 1))[0]
 
+    def _part_of(self, row: int) -> int:
+        return int(np.searchsorted(self._firsts, row, side="right")) - 1
+
+    def _slice(self, rows: range) -> list[QuestionAnsweringResult]:
+        found: list[QuestionAnsweringResult] = []
+        for part, group in itertools.groupby(rows, key=self._part_of):
+            positions = np.fromiter(group, np.int64) - self._firsts[part]
+            found += to_results(self._table(part).take(pa.array(positions)))
+        return found
+
     def __iter__(self) -> Iterator[QuestionAnsweringResult]:
-        for part in range(len(self._firsts)):
-            yield from to_results(self._read(part))
+        for table in self._tables():
+            yield from to_results(table)
 
     def __repr__(self) -> str:
         return f"<{len(self)} answers in {self.location.uri}>"
 
     def to_table(self) -> pa.Table:
-        """All of it as one Arrow table with the columns of `schema.PREDICTIONS`; needs the memory for it."""
-        if not len(self._firsts):
-            return PREDICTIONS.empty_table()
-        return pa.concat_tables([self._read(part) for part in range(len(self._firsts))])
+        """All of it as one Arrow table with the columns of the part files; needs the memory for it."""
+        tables = list(self._tables())
+        return pa.concat_tables(tables) if tables else PREDICTIONS.empty_table()
 
     def to_pandas(self):
         """All of it as a pandas data frame; needs the memory for it."""
         return self.to_table().to_pandas()
+
+    def write_parquet(
+        self, path: PathLike, *, overwrite: bool = False, storage_options: Mapping[str, object] | None = None
+    ) -> bool:
+        """Stream all parts in order into one Parquet file, which becomes visible when it is complete.
+
+        A few parts and one row group are in memory at a time. Returns False where the file was already there,
+        complete and of this very run.
+
+        Raises:
+            OutputError: see `check_single_file`, or it cannot be written.
+            WorkError: the parts do not give the rows that the manifest says.
+        """
+        target = check_single_file(
+            path, self.location, self.manifest["plan_hash"], overwrite=overwrite, storage_options=storage_options
+        )
+        if not overwrite and _single_file_facts(target) == (self.manifest["plan_hash"], len(self)):
+            return False
+        staged = target.path
+        if target.is_local:
+            folder, _, name = target.path.rpartition("/")
+            staged = f"{folder}/_{name}.{uuid.uuid4().hex}"
+        try:
+            target.filesystem.create_dir(os.path.dirname(staged)) if target.is_local else None
+            self._stream_to(target, staged)
+            if target.is_local:
+                with open(staged, "rb") as written:
+                    os.fsync(written.fileno())
+                os.replace(staged, target.path)
+        except BaseException as error:
+            # An object store shows what was written so far when the stream is closed: it is taken away again.
+            with contextlib.suppress(OSError):
+                target.filesystem.delete_file(staged)
+            if isinstance(error, OSError):
+                raise OutputError(f"{target.uri}: cannot be written ({error})") from error
+            raise
+        return True
+
+    def _stream_to(self, target: Location, path: str) -> None:
+        tables = self._tables()
+        first = next(tables, PREDICTIONS.empty_table())
+        metadata = {_PLAN_KEY: str(self.manifest["plan_hash"]).encode()}
+        num_rows = 0
+        with (
+            target.filesystem.open_output_stream(path) as stream,
+            pq.ParquetWriter(stream, first.schema.with_metadata(metadata)) as writer,
+        ):
+            group: list[pa.Table] = []
+            for table in itertools.chain([first], tables):
+                group.append(table)
+                num_rows += len(table)
+                if sum(map(len, group)) >= _GROUP_ROWS or sum(part.nbytes for part in group) >= _GROUP_BYTES:
+                    _write_group(writer, group)
+                    group = []
+            _write_group(writer, group)
+            if num_rows != len(self):
+                raise WorkError(f"{self.location.uri}: {num_rows} rows came out of the parts, {len(self)} are expected")
+
+    def _tables(self) -> Iterator[pa.Table]:
+        return _in_parallel(self._read, range(len(self._firsts)), threads=4)
 
     def _read(self, part: int) -> pa.Table:
         data = (self.location / part_name(int(self._firsts[part]))).read_bytes()
@@ -245,6 +454,32 @@ def open_results(path: PathLike, *, storage_options: Mapping[str, object] | None
     return Answers(locate(path, storage_options=storage_options))
 
 
+def check_single_file(
+    path: PathLike, folder: Location, plan: str | None, *, overwrite: bool = False,
+    storage_options: Mapping[str, object] | None = None,
+) -> Location:
+    """Where `Answers.write_parquet` may write.
+
+    Raises:
+        OutputError: inside ``folder``, where readers would find every row twice; a folder; or a file that is there
+            and not of ``plan`` (any plan, where that is None), without ``overwrite``.
+    """
+    target = locate(path, storage_options=storage_options)
+    if target.path.startswith(f"{folder.path.rstrip('/')}/") or target.path == folder.path:
+        raise OutputError(
+            f"{target.uri}: the single file lies in the output folder {folder.uri}, whose readers would find every row "
+            "twice; allowed: any other place"
+        )
+    info = target.info()
+    if info.type == pafs.FileType.Directory:
+        raise OutputError(f"{target.uri}: is a folder; allowed: the name of a file")
+    if info.type == pafs.FileType.File and not overwrite:
+        found, _ = _single_file_facts(target)
+        if found is None or plan not in (None, found):
+            raise OutputError(f"{target.uri}: the file is there and not of this run; allowed: a new name, or overwrite")
+    return target
+
+
 def to_results(table: pa.Table) -> list[QuestionAnsweringResult]:
     """The rows of a predictions table as named tuples."""
     columns = (table[name].to_pylist() for name in QuestionAnsweringResult._fields)
@@ -255,20 +490,120 @@ def _num_error_rows(table: pa.Table) -> int:
     return len(table) - table["error"].null_count
 
 
-def _checksum(data: bytes | pa.Buffer) -> str:
+def _to_parquet(table: pa.Table, plan: str, part: Mapping[str, int]) -> tuple[bytes, int]:
+    """A part as a Parquet file, and the number of its bytes before the footer, whose checksum the footer carries."""
+    sink = io.BytesIO()
+    writer = pq.ParquetWriter(sink, table.schema.remove_metadata())
+    writer.write_table(table.replace_schema_metadata(None))
+    # All pages are out: closing adds the footer alone.
+    num_bytes = sink.tell()
+    known = {**part, "page_bytes": num_bytes, "page_checksum": _checksum(sink.getvalue())}
+    writer.add_key_value_metadata({_PLAN_KEY.decode(): plan, _PART_KEY.decode(): json.dumps(known)})
+    writer.close()
+    return sink.getvalue(), num_bytes
+
+
+def _checksum(data: bytes | memoryview | pa.Buffer) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def _inspect(location: Location, expected_plan: str) -> PartFile:
-    data = location.read_bytes()
+def _inspect(location: Location, expected_plan: str, *, whole: bool = False) -> PartFile:
+    """What a part's footer says of it, and whether its size is right; ``whole``: and whether its pages are.
+
+    Raises:
+        OutputError: it is damaged, or of another plan.
+    """
+    def damaged(why: object) -> OutputError:
+        return OutputError(f"{location.uri}: not a readable part file ({why}); overwrite replaces it")
+
+    def read() -> tuple[bytes, int]:
+        """The footer, with its length and the magic word behind it, and the size of the file."""
+        with location.filesystem.open_input_file(location.path) as file:
+            size = file.size()
+            tail = file.read_at(min(size, _FOOTER_BYTES), max(0, size - _FOOTER_BYTES))
+            wanted = int.from_bytes(tail[-8:-4], "little") + 8
+            if len(tail) < wanted <= size:
+                tail = file.read_at(wanted, size - wanted)
+            return tail[-wanted:], size
+
     try:
-        metadata = pq.read_metadata(pa.BufferReader(data)).metadata or {}
+        tail, size = retry(read)
+        footer = pq.read_metadata(pa.BufferReader(tail))
     except pa.ArrowInvalid as error:
-        raise OutputError(f"{location.uri}: not a readable part file ({error})") from error
-    if metadata.get(_PLAN_KEY, b"").decode() != expected_plan:
+        raise damaged(error) from error
+    except OSError as error:
+        raise OutputError(f"{location.uri}: cannot be read ({error})") from error
+    metadata = footer.metadata or {}
+    if metadata.get(_PLAN_KEY) != expected_plan.encode():
         raise OutputError(f"{location.uri}: the part was written by another run; start afresh with overwrite")
-    part = json.loads(metadata[_PART_KEY])
-    return PartFile(part["first_row"], part["num_rows"], part["num_errors"], _checksum(data))
+    try:
+        part = json.loads(metadata[_PART_KEY])
+    except (KeyError, ValueError) as error:
+        raise damaged(error) from error
+    if size != part["page_bytes"] + len(tail):
+        raise damaged(f"{size} bytes in place of {part['page_bytes'] + len(tail)}")
+    found = PartFile(part["first_row"], part["num_rows"], part["num_errors"], _checksum(tail), size)
+    if location.name != part_name(found.first_row):
+        raise damaged(f"it is the part of row {found.first_row}")
+    if whole:
+        data = location.read_bytes()
+        if _checksum(data.slice(0, part["page_bytes"])) != part["page_checksum"]:
+            raise damaged("its checksum differs")
+        table = pq.read_table(pa.BufferReader(data), columns=[ROW_INDEX, "error"])
+        try:
+            check_rows(table, found.first_row, found.num_rows)
+        except WorkError as error:
+            raise damaged(error) from error
+        if _num_error_rows(table) != found.num_errors:
+            raise damaged(f"{_num_error_rows(table)} rows with an error in place of {found.num_errors}")
+    return found
+
+
+def _single_file_facts(target: Location) -> tuple[str | None, int]:
+    """The plan that a single file was written by, None where it is no such file, and its rows."""
+    try:
+        with target.filesystem.open_input_file(target.path) as file:
+            footer = pq.read_metadata(file)
+    except (pa.ArrowInvalid, OSError):
+        return None, 0
+    plan = (footer.metadata or {}).get(_PLAN_KEY)
+    return None if plan is None else plan.decode(), footer.num_rows
+
+
+def _write_group(writer: pq.ParquetWriter, tables: Sequence[pa.Table]) -> None:
+    if tables:
+        table = pa.concat_tables(tables).replace_schema_metadata(writer.schema.metadata)
+        writer.write_table(table, row_group_size=max(1, len(table)))
+
+
+def _same_names(location: Location, found: set[str], expected: set[str]) -> None:
+    if found != expected:
+        raise WorkError(
+            f"{location.uri}: part files and plan differ; missing {sorted(expected - found)[:_LISTED]}, "
+            f"not of this run {sorted(found - expected)[:_LISTED]}"
+        )
+
+
+def _in_parallel(call: Callable[[T], U], items: Iterable[T], *, threads: int = _THREADS) -> Iterator[U]:
+    """``map(call, items)`` by threads; a bounded number of results wait to be taken."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = iter(items)
+        pending = deque(pool.submit(call, item) for item in itertools.islice(waiting, threads * 2))
+        try:
+            while pending:
+                result = pending.popleft().result()
+                pending.extend(pool.submit(call, item) for item in itertools.islice(waiting, 1))
+                yield result
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _finished(location: Location) -> dict[str, Any]:
+    manifest = read_manifest(location)
+    if manifest is None:
+        raise OutputError(f"{location.uri}: no finished results ({MANIFEST_NAME} is not there)")
+    return manifest
 
 
 def _read_json(location: Location) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,7 +10,7 @@ import pytest
 
 from ray_qa import results, schema
 from ray_qa.errors import OutputError, WorkError
-from ray_qa.results import Answers, PartFile, begin, open_results, part_name, prove_tiling
+from ray_qa.results import Answers, PartFile, begin, check_answers, open_results, part_name, prove_tiling, verify
 from ray_qa.storage import locate
 
 PLAN = {"input": "abc", "model": "def", "num_rows": 7}
@@ -47,6 +48,31 @@ def test_a_finished_folder_reads_like_a_list(tmp_path: Path) -> None:
             answers[beyond]
     assert answers.to_table()["row_index"].to_pylist() == list(range(7))
     assert answers.to_pandas().shape == (7, 6)
+    assert answers[::-1] == expected[::-1] and answers[6:1:-3] == expected[6:1:-3]
+    assert list(reversed(answers)) == expected[::-1] and expected[3] in answers and answers.index(expected[5]) == 5
+    again = pickle.loads(pickle.dumps(answers))
+    assert list(again) == expected and len(pickle.dumps(answers)) < 1000
+    assert repr(again) == repr(answers) == f"<7 answers in {tmp_path / 'out'}>"
+
+
+def test_a_single_file_of_all_parts_in_order(tmp_path: Path) -> None:
+    answers = finished(tmp_path / "out")
+    single = tmp_path / "deep" / "all.parquet"
+    assert answers.write_parquet(single) is True
+    assert pq.read_table(single).equals(answers.to_table())
+    assert pq.read_metadata(single).num_row_groups == 1
+    assert answers.write_parquet(single) is False  # it is there and complete
+    assert [path.name for path in single.parent.iterdir()] == ["all.parquet"]
+    with pytest.raises(OutputError, match="lies in the output folder"):
+        answers.write_parquet(tmp_path / "out" / "all.parquet")
+    (tmp_path / "thesis.docx").write_text("years of work")
+    with pytest.raises(OutputError, match="not of this run"):
+        answers.write_parquet(tmp_path / "thesis.docx")
+    answers.write_parquet(tmp_path / "thesis.docx", overwrite=True)
+    (tmp_path / "out" / part_name(4)).write_bytes((tmp_path / "out" / part_name(0)).read_bytes())
+    with pytest.raises(WorkError, match="8 rows came out of the parts, 7 are expected"):
+        answers.write_parquet(tmp_path / "other.parquet")
+    assert not (tmp_path / "other.parquet").exists() and not list(tmp_path.glob("_*"))
 
 
 def test_parquet_readers_see_csv_order_and_no_other_file(tmp_path: Path) -> None:
@@ -136,6 +162,93 @@ def test_a_damaged_part_is_named(tmp_path: Path) -> None:
     (tmp_path / part_name(0)).write_bytes(b"PAR1 torn")
     with pytest.raises(OutputError, match=r"part-000000000000\.parquet: not a readable part"):
         run.published()
+    # Overwriting an unfinished run of the same plan keeps what is whole.
+    kept = run.publish_part(table(4, 3), 4, 3)
+    assert begin(locate(tmp_path), PLAN, overwrite=True).published() == {4: kept}
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def test_overwriting_a_finished_run_of_the_same_plan_starts_afresh(tmp_path: Path) -> None:
+    finished(tmp_path)
+    flip(tmp_path / part_name(0), 40)
+    assert begin(locate(tmp_path), PLAN, overwrite=True).published() == {}
+    assert [path.name for path in tmp_path.iterdir()] == ["_plan.json"]
+
+
+def test_verify_proves_a_folder_and_names_what_is_wrong(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with pytest.raises(OutputError, match="no finished results"):
+        verify(folder)
+    finished(folder)
+    done = verify(folder)
+    assert (done.num_rows, done.num_parts, done.num_errors) == (7, 2, 1)
+    assert done.num_bytes == sum(path.stat().st_size for path in folder.glob("part-*"))
+
+    part = folder / part_name(4)
+    original = part.read_bytes()
+    for position in range(4, len(original), 97):
+        flip(part, position)
+        with pytest.raises(WorkError, match="part-000000000004"):
+            verify(folder)
+        part.write_bytes(original)
+    part.write_bytes(original + b"x")
+    with pytest.raises(WorkError, match="part-000000000004"):
+        verify(folder)
+    part.write_bytes((folder / part_name(0)).read_bytes())
+    with pytest.raises(WorkError, match="it is the part of row 0"):
+        verify(folder)
+    part.unlink()
+    with pytest.raises(WorkError, match="missing .*part-000000000004"):
+        verify(folder)
+    part.write_bytes(original)
+    verify(folder)
+    manifest = json.loads((folder / "_manifest.json").read_text())
+    for change, problem in (
+        ({"num_errors": 2}, "num_errors is 2"), ({"num_rows": 8}, "input at row 8"),
+        ({"plan": PLAN | {"model": "xyz"}}, "plan"),
+        ({"parts": [[0, 4, 1, *manifest["parts"][0][3:]], manifest["parts"][1]]}, "num_errors is 1"),
+    ):
+        (folder / "_manifest.json").write_text(json.dumps(manifest | change))
+        with pytest.raises(WorkError, match=problem):
+            verify(folder)
+
+
+def test_finish_compares_what_was_reported_with_what_is_there(tmp_path: Path) -> None:
+    run = begin(locate(tmp_path), PLAN)
+    parts = [run.publish_part(table(0, 4), 0, 4), run.publish_part(table(4, 3), 4, 3)]
+    other = run.publish_part(table(4, 3, error_at=6), 4, 3)
+    with pytest.raises(WorkError, match="part-000000000004.parquet is not the file that was published"):
+        run.finish(PLAN, parts, 7)
+    (tmp_path / "_part-000000000004.parquet.0123").write_text("left by a writer that was killed")
+    run.finish(PLAN, [parts[0], other], 7, checked={0})
+    assert sorted(path.name for path in tmp_path.glob("_*")) == ["_manifest.json", "_plan.json"]
+
+
+def test_many_parts_are_looked_at_without_reading_them(tmp_path: Path) -> None:
+    run = begin(locate(tmp_path), PLAN)
+    parts = {i: run.publish_part(table(i, 1), i, 1) for i in range(100)}
+    flip(tmp_path / part_name(50), 40)  # a page: footers and sizes are as they were
+    assert run.published() == parts
+    run.finish(PLAN, parts.values(), 100)
+    with pytest.raises(WorkError, match=r"part-000000000050.*checksum"):
+        verify(tmp_path)
+
+
+def test_answers_must_stand_in_their_contexts() -> None:
+    contexts = pa.chunked_array([["Zoë has 3.", "Ann", "Bob"]])
+    right = {
+        "row_index": [5, 6, 7], "answer": ["has", "", "Bob"], "score": [1, 0, 1], "start": [4, 0, 0], "end": [7, 0, 3],
+        "error": [None, "why", None],
+    }
+    check_answers(contexts, pa.table(right, schema=schema.PREDICTIONS))
+    for change in ({"answer": ["has", "", "Bo"]}, {"start": [5, 0, 0]}, {"end": [7, 1, 3]}):
+        with pytest.raises(WorkError, match=r"row [567]: the answer"):
+            check_answers(contexts, pa.table(right | change, schema=schema.PREDICTIONS))
 
 
 def test_several_ranks_of_one_row_stand_together() -> None:
