@@ -24,6 +24,9 @@ T = TypeVar("T")
 
 _NO_NODES = "the cluster has no node with CPUs or GPUs yet; say how many workers to wait for (--num-workers, --use-gpu)"
 
+#: Workers in a row that may die while they start; more end the run.
+MAX_INIT_DEATHS = 8
+
 _EXCEPTION_LINE = re.compile(r"^[\w.]*(?:Error|Exception|Interrupt|Died)\w*: .+$", re.MULTILINE)
 
 logger = logging.getLogger("ray_qa")
@@ -41,6 +44,8 @@ def connect() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # A worker that is killed while it loads its model is replaced; one that raises tells of it at its first call.
+    context.max_consecutive_actor_init_deaths = MAX_INIT_DEATHS
     # What fails there is raised here; Ray Data would print its whole stack first, twice.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 

@@ -12,7 +12,7 @@ a model. Knows nothing of files, parts or Ray.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,22 @@ class EngineOutput:
         """Share of the tokens in all batches that were padding, 0..1."""
         return 1 - self.num_tokens / self.num_padded_tokens if self.num_padded_tokens else 0.0
 
+    def join(self, other: EngineOutput) -> EngineOutput:
+        """The output of this one's rows, followed by those of ``other``."""
+        def ends(ours: Any, theirs: Any, join: Callable[[list[Any]], Any]) -> Any:
+            return None if ours is None or theirs is None else join([ours, theirs])
+
+        return EngineOutput(
+            predictions=pa.concat_tables([self.predictions, other.predictions]),
+            loss_sum=ends(self.loss_sum, other.loss_sum, np.concatenate),
+            num_windows=np.concatenate([self.num_windows, other.num_windows]),
+            num_tokens=self.num_tokens + other.num_tokens,
+            num_padded_tokens=self.num_padded_tokens + other.num_padded_tokens,
+            null_score=np.concatenate([self.null_score, other.null_score]),
+            context_length=np.concatenate([self.context_length, other.context_length]),
+            text_predictions=ends(self.text_predictions, other.text_predictions, pa.concat_tables),
+        )
+
 
 def window_maker(tokenizer: Any, options: ModelOptions, *, model_max_length: int | None = None) -> WindowMaker:
     """The window maker that ``options`` ask for; tokenizer and length come from `model.load_tokenizer`."""
@@ -160,6 +176,14 @@ class Engine:
     def windows(self, table: pa.Table, *, with_labels: bool = False) -> Windows:
         """The windows of a table's rows; see `make_windows`."""
         return make_windows(table, self.maker, with_labels=with_labels)
+
+    def give_up(
+        self, table: pa.Table, reason: str, *, with_loss: bool = False, top_k: int = 1
+    ) -> EngineOutput:
+        """What `answer` would give if no row of the table could be answered, for ``reason``."""
+        windows = self.maker.make([], [], **({"answer_starts": [], "answer_texts": []} if with_loss else {}))
+        windows.errors.update(dict.fromkeys(range(table.num_rows), reason))
+        return self.answer(table, windows, with_loss=with_loss, top_k=top_k)
 
     def answer(
         self, table: pa.Table, windows: Windows | None = None, *, with_loss: bool = False, top_k: int = 1

@@ -27,7 +27,7 @@ import ray.data
 from ray.train import ScalingConfig
 
 import ray_qa
-from ray_qa import calibration, cluster, model_transfer, reading, results, schema
+from ray_qa import attempts, calibration, cluster, model_transfer, reading, results, schema
 from ray_qa.cluster import Workers
 from ray_qa.csv_file import Part
 from ray_qa.csv_index import CSVIndex
@@ -75,6 +75,8 @@ class Job:
     """Columns that are read beside the usual ones."""
     probabilities: calibration.Probabilities | None = None
     """For prediction with a calibrated model: what its scores mean."""
+    ledger: Any = None
+    """Where workers that died count their attempts; see `attempts`."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -323,6 +325,8 @@ def run_parts(job: Job, index: CSVIndex, parts: Sequence[int], workers: Workers)
         return
     feeds = workers.use_gpu or any(file.compression is not None for file in index.files)
     runs = reading.part_runs(index, parts, cell_per_block=feeds)
+    ledger = attempts.start_ledger()
+    job = dataclasses.replace(job, ledger=ledger)
     pool = ray.data.ActorPoolStrategy(
         # Ray Data warns of a pool that waits for more workers than there are runs.
         min_size=min(workers.num_workers, runs.count()), max_size=workers.num_workers, initial_size=workers.num_workers,
@@ -354,6 +358,8 @@ def run_parts(job: Job, index: CSVIndex, parts: Sequence[int], workers: Workers)
     except UserError as error:
         # A disk that is full, a file that is gone: from here on it is the work that failed, and it can be resumed.
         raise WorkError(str(error)) from error
+    finally:
+        ray.kill(ledger)
     if expected:
         raise WorkError(f"{len(expected)} parts did not come back, the first of them at row {min(expected)}")
 
@@ -367,14 +373,19 @@ class _Feeder:
     def feed(self, batch: dict[str, Any]) -> Iterator[dict[str, list[Any]]]:
         job = self.job
         maker = _window_maker(job.model.digest, job.options, job.trust_remote_code, _Hidden(job.model))
+        watch = attempts.Watch(job.ledger, f"task {ray.get_runtime_context().get_task_id()}")
+        watch.check()
         for part, table in reading.read_run(ray.get(job.index), batch, job.columns):
             table = usable_rows(job, table)
-            windows = _make_windows(job, table, maker)
-            yield {
-                "part": [cluster.pack(part)],
-                "rows": [_to_ipc(table)],
-                "windows": [cluster.pack((windows.to_table(), windows.errors))],
-            }
+            prepared = None
+            # Where tokenizing kills, the worker does it: it can tell by which row.
+            unit = (part.first_row, -1, -1)
+            if not watch.is_needed or not watch.kills(unit):
+                windows = _make_windows(job, table, maker)
+                prepared = (windows.to_table(), windows.errors)
+                if watch.is_needed:
+                    watch.finished(unit)
+            yield {"part": [cluster.pack(part)], "rows": [_to_ipc(table)], "windows": [cluster.pack(prepared)]}
 
 
 @dataclass(frozen=True)
@@ -400,24 +411,25 @@ class PredictionWorker:
     """A pool worker of Ray Data: the engine, loaded once, called with one run or one prepared part at a time."""
 
     def __init__(self, job: Job) -> None:
-        import torch
-
-        from ray_qa.engine import Engine
-        from ray_qa.model import load_model
-
-        torch.set_num_threads(job.threads)
         self.job = job
         self.index: CSVIndex = ray.get(job.index)
-        loaded = load_model(
-            model_transfer.local_directory(job.model), device=job.device, precision=job.precision,
-            trust_remote_code=job.trust_remote_code, allow_untrained_head=job.allow_untrained_head,
-        )
-        self.engine: Engine = Engine(loaded, job.options)
-        self.name = f"{ray.get_runtime_context().get_node_id()[:8]}-{os.getpid()}"
+        context = ray.get_runtime_context()
+        self.name = f"{context.get_node_id()[:8]}-{os.getpid()}"
+        self.watch = attempts.Watch(job.ledger, f"actor {context.get_actor_id()}")
+        # What goes wrong here is raised by the first call: Ray Data would start another worker in place of this one.
+        self.failure: Exception | None = None
+        try:
+            self.watch.check()
+            self.engine: Engine = _load_engine(job)
+        except Exception as error:
+            self.failure = error
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[bytes]]]:
+        if self.failure is not None:
+            raise self.failure
         for part, table, windows in self._prepared(batch):
-            yield {"report": [cluster.pack(self._answer(part, table, windows))]}
+            report = self._found(part) or self._answer(part, table, windows)
+            yield {"report": [cluster.pack(report)]}
 
     def _prepared(self, batch: dict[str, Any]) -> Iterator[tuple[Part, pa.Table, Windows | None]]:
         if reading.PARTS in batch:
@@ -427,15 +439,47 @@ class PredictionWorker:
         from ray_qa.windows import Windows
 
         for part, rows, cell in zip(batch["part"], batch["rows"], batch["windows"], strict=True):
-            table, errors = cluster.unpack(cell)
-            windows = Windows.from_table(table)
-            windows.errors.update(errors)
+            prepared = cluster.unpack(cell)
+            windows = None
+            if prepared is not None:
+                windows = Windows.from_table(prepared[0])
+                windows.errors.update(prepared[1])
             yield cluster.unpack(part), _from_ipc(rows), windows
+
+    def _found(self, part: Part) -> PartReport | None:
+        """The report of a part that this worker had published before it died; a new worker has no such parts."""
+        if not self.watch.is_needed or self.job.folder is None:
+            return None
+        file = self.job.folder.find(part.first_row)
+        if file is None:
+            return None
+        now = time.time()
+        return PartReport(
+            first_row=part.first_row, num_rows=part.num_rows, num_errors=file.num_errors, num_windows=0, started=now,
+            finished=now, worker=self.name, file=file,
+        )
+
+    def _engine_output(self, part: Part, table: pa.Table, windows: Windows | None) -> EngineOutput:
+        with_loss = self.job.reducer is not None
+        if not self.watch.is_needed:
+            return self.engine.answer(table, windows, with_loss=with_loss)
+
+        def compute(start: int, stop: int) -> EngineOutput:
+            is_whole = stop - start == table.num_rows
+            return self.engine.answer(
+                table.slice(start, stop - start), windows if is_whole else None, with_loss=with_loss
+            )
+
+        return self.watch.run(
+            part.first_row, table.num_rows, compute=compute,
+            give_up=lambda at, reason: self.engine.give_up(table.slice(at, 1), reason, with_loss=with_loss),
+            join=lambda ours, theirs: ours.join(theirs), pack=cluster.pack, unpack=cluster.unpack,
+        )
 
     def _answer(self, part: Part, table: pa.Table, windows: Windows | None) -> PartReport:
         job = self.job
         started = time.time()
-        output = self.engine.answer(table, windows, with_loss=job.reducer is not None)
+        output = self._engine_output(part, table, windows)
         report = PartReport(
             first_row=part.first_row, num_rows=part.num_rows,
             num_errors=len(output.predictions) - output.predictions["error"].null_count,
@@ -451,6 +495,20 @@ class PredictionWorker:
             return dataclasses.replace(report, file=file, finished=time.time())
         results.check_rows(output.predictions, part.first_row, part.num_rows)
         return dataclasses.replace(report, answers=output.predictions)
+
+
+def _load_engine(job: Job) -> Engine:
+    import torch
+
+    from ray_qa.engine import Engine
+    from ray_qa.model import load_model
+
+    torch.set_num_threads(job.threads)
+    loaded = load_model(
+        model_transfer.local_directory(job.model), device=job.device, precision=job.precision,
+        trust_remote_code=job.trust_remote_code, allow_untrained_head=job.allow_untrained_head,
+    )
+    return Engine(loaded, job.options)
 
 
 def usable_rows(job: Job, table: pa.Table) -> pa.Table:
