@@ -50,7 +50,8 @@ def imported_by(statement: str) -> set[str]:
     "name",
     ["errors", "options", "schema", "storage"]
     + ["csv_file", "csv_scan", "csv_parse", "csv_index"]
-    + ["labels", "windows", "batches", "spans", "metrics", "slices", "calibration", "report", "results"]
+    + ["labels", "windows", "batches", "spans", "metrics", "golds", "slices", "comparison", "calibration", "report"]
+    + ["results", "folder_lock", "progress"]
     + ["cli"],
 )
 def test_import_of_module_is_light(name: str) -> None:
