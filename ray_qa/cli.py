@@ -6,18 +6,21 @@ last line on stdout is one JSON object that says what was done. Exit codes are t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from ray_qa.errors import ErrorRowsError, OptionError, RayQAError, WorkError
+from ray_qa.errors import ErrorRowsError, Interrupted, OptionError, RayQAError, WorkError
 from ray_qa.options import CheckpointOptions, QAEvalArgs, QATestArgs, QATrainArgs
 
 if TYPE_CHECKING:
@@ -25,6 +28,10 @@ if TYPE_CHECKING:
 
     from ray_qa.model import ModelSource
 
+
+
+def _endpoint(url: str | None) -> dict[str, object] | None:
+    return None if url is None else {"endpoint_override": url}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +48,7 @@ class _Source:
 
     @property
     def storage_options(self) -> dict[str, object] | None:
-        return None if self.endpoint_url is None else {"endpoint_override": self.endpoint_url}
+        return _endpoint(self.endpoint_url)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,18 +125,38 @@ class EvalJob(_Common):
 
 @dataclass(frozen=True, kw_only=True)
 class TestJob(_Common, _OneModel):
-    """Answer CSV rows (context, question) into Parquet files in CSV order."""
+    """Answer CSV rows (context, question) into Parquet files in CSV order.
+
+    With --verify DIR in place of all other flags: prove a finished folder again, every byte of it.
+    """
 
     output: str
     """Folder for part-*.parquet and _manifest.json. The same command on an unfinished folder goes on with it."""
 
     overwrite: bool = False
-    """Throw away another run's output in that folder."""
+    """Throw away another run's output in that folder, or a finished one of this very command."""
+
+    keep_columns: str | None = None
+    """Columns of the input that the Parquet files carry along, such as id,source."""
+
+    single_file: str | None = None
+    """A Parquet file, outside of that folder, that becomes all parts in order."""
 
     allow_untrained_head: bool = False
     """Accept an encoder without a question-answering head; its answers are random."""
 
     options: Annotated[QATestArgs, tyro.conf.arg(name="")] = dataclasses.field(default_factory=QATestArgs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyJob:
+    """Prove that a finished folder of answers is whole: every row once, every byte as it was written."""
+
+    verify: str
+    """The folder, local or a URI."""
+
+    endpoint_url: str | None = None
+    """Address of an S3-compatible store, such as http://minio:9000; otherwise AWS_ENDPOINT_URL."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +229,7 @@ def _test(job: TestJob) -> dict[str, Any]:
         job.input, model=_model(job), args=job.options, output_path=job.output, scaling=_scaling(job),
         overwrite=job.overwrite, trust_remote_code=job.trust_remote_code,
         allow_untrained_head=job.allow_untrained_head,
-        storage_options=job.storage_options,
+        storage_options=job.storage_options, keep_columns=_names(job.keep_columns), single_file=job.single_file,
     )
     summary = {
         "num_rows": done.num_rows, "num_errors": done.num_errors, "num_parts": done.num_parts,
@@ -219,6 +246,17 @@ def _test(job: TestJob) -> dict[str, Any]:
             "the column error says why"
         ))
     return summary
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
+
+
+def _verify(job: VerifyJob) -> dict[str, Any]:
+    from ray_qa.results import verify
+
+    options = _endpoint(job.endpoint_url)
+    return {"verified": job.verify} | dataclasses.asdict(verify(job.verify, storage_options=options))
 
 
 def _prepare(job: PrepareJob) -> dict[str, Any]:
@@ -260,13 +298,14 @@ def _scaling(job: _Common) -> ScalingConfig | None:
 
 _JOBS: dict[type, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     TrainJob: ("train", _train), EvalJob: ("eval", _eval), TestJob: ("test", _test),
-    PrepareJob: ("prepare", _prepare),
+    PrepareJob: ("prepare", _prepare), VerifyJob: ("test", _verify),
 }
 _Job = (
     Annotated[TrainJob, tyro.conf.subcommand("train")]
     | Annotated[EvalJob, tyro.conf.subcommand("eval")]
     | Annotated[TestJob, tyro.conf.subcommand("test")]
     | Annotated[PrepareJob, tyro.conf.subcommand("prepare")]
+    | Annotated[VerifyJob, tyro.conf.subcommand("verify")]
 )
 
 
@@ -274,6 +313,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one job; returns its exit code."""
     started = time.monotonic()
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["test"] and any(argument.partition("=")[0] == "--verify" for argument in arguments):
+        arguments[0] = "verify"
     try:
         job = tyro.cli(
             _Job,  # type: ignore[arg-type]
@@ -287,25 +328,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("ray_qa").setLevel(logging.INFO)
     failure: RayQAError | None = None
     summary: dict[str, Any] = {}
+    code: int | None = None
     try:
-        summary = run(job)
+        with _stop_on_sigterm() as stopped:
+            summary = run(job)
     except _Finished as finished:
         summary, failure = finished.summary, finished.error
     except RayQAError as error:
         failure = error
-    except KeyboardInterrupt:
-        failure = WorkError("interrupted")
+    except KeyboardInterrupt as stop:
+        code = 143 if stopped else 130
+        summary = stop.summary if isinstance(stop, Interrupted) else {}
+        failure = WorkError(str(stop) or "stopped")
     except Exception as error:
         # Not foreseen: the trace is for whoever mends it, the JSON line for whoever started the job.
         traceback.print_exc()
         failure = WorkError(f"{type(error).__name__}: {error}")
-    result = {"job": name, "status": "done" if failure is None else "failed", **summary}
+    status = "done" if failure is None else "failed" if code is None else "stopped"
+    result = {"job": name, "status": status, **summary}
     if failure is not None:
         print(f"ray-qa {name}: {failure}", file=sys.stderr, flush=True)
         result["error"] = str(failure)
     result["seconds"] = round(time.monotonic() - started, 2)
     print(_json(result), flush=True)
-    return 0 if failure is None else failure.exit_code
+    if failure is None:
+        return 0
+    return failure.exit_code if code is None else code
+
+
+@contextlib.contextmanager
+def _stop_on_sigterm() -> Iterator[list[int]]:
+    """SIGTERM (`ray job stop`, a scheduler's eviction) ends the work as Ctrl-C does; the list then holds its number.
+
+    Further ones are ignored: the work is ending.
+    """
+    received: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        received.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield received
+    finally:
+        if not received:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _json(value: dict[str, Any]) -> str:

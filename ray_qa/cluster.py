@@ -5,10 +5,13 @@ Knows nothing of rows, models or parts.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
 import re
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -40,7 +43,8 @@ def connect() -> None:
     if not ray.is_initialized():
         # An address in the environment (as inside `ray job submit`) names the cluster; else a local one is started.
         dashboard = None if "RAY_ADDRESS" in os.environ else False
-        ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=dashboard)
+        with _own_sigterm():
+            ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=dashboard)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -48,6 +52,15 @@ def connect() -> None:
     context.max_consecutive_actor_init_deaths = MAX_INIT_DEATHS
     # What fails there is raised here; Ray Data would print its whole stack first, twice.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep what the program does on SIGTERM: `ray.init` would put its own handler in place of it."""
+    own = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(own) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, own)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@
     ├── WorkError              1  something broke while the work was running
     └── ErrorRowsError         3  everything was written, but too many rows have an error
 
+    KeyboardInterrupt        130  Ctrl-C; 143 for SIGTERM, which a job turns into it
+    └── Interrupted               says how far the work got
+
 Every message says what is wrong, where (file, row, column), what was found and what is allowed.
 """
 
@@ -93,3 +96,11 @@ class ErrorRowsError(RayQAError):
     """Every row was written, but more rows than allowed carry an error instead of an answer."""
 
     exit_code = 3
+
+
+class Interrupted(KeyboardInterrupt):
+    """The work was stopped from outside; what was finished is kept. ``summary`` counts it."""
+
+    def __init__(self, message: str, summary: dict[str, int]) -> None:
+        super().__init__(message)
+        self.summary = summary

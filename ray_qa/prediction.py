@@ -31,13 +31,15 @@ from ray_qa import attempts, calibration, cluster, model_transfer, reading, resu
 from ray_qa.cluster import Workers
 from ray_qa.csv_file import Part
 from ray_qa.csv_index import CSVIndex
-from ray_qa.errors import OptionError, UserError, WorkError
+from ray_qa.errors import Interrupted, OptionError, UserError, WorkError
+from ray_qa.folder_lock import FolderLock
 from ray_qa.labels import check_labels
 from ray_qa.model_transfer import SharedModel
 from ray_qa.options import AnswerOptions, QATestArgs, allowance, answer_options
+from ray_qa.progress import Progress
 from ray_qa.results import PartFile, ResultFolder
 from ray_qa.schema import QuestionAnsweringResult
-from ray_qa.storage import PathLike, locate, usable_folder
+from ray_qa.storage import Location, PathLike, locate, usable_folder
 
 if TYPE_CHECKING:  # torch and transformers are slow to import; a cluster's driver may do without
     from ray_qa.engine import Engine, EngineOutput
@@ -50,6 +52,9 @@ logger = logging.getLogger("ray_qa")
 _FEEDER_CPUS = 0.5
 #: Options that change how fast a run is, or what is said about it, and never an answer.
 _OPTIONS_WITHOUT_EFFECT = {"precision", "tokens_per_batch", "max_error_rows", "max_bad_rows"}
+
+#: Names that input columns cannot have when they are carried along.
+RESERVED_COLUMNS = (*schema.PREDICTIONS.names, "rank", "probability", "abstain")
 
 Reducer = Callable[[Part, pa.Table, "EngineOutput"], Any]
 
@@ -72,15 +77,18 @@ class Job:
     """For evaluation: what a part's labelled rows and the engine's output come down to; rows whose labels
     cannot be used are left out, and nothing is published but by the reducer itself."""
     extra_columns: tuple[str, ...] = ()
-    """Columns that are read beside the usual ones."""
+    """Columns that are read beside the usual ones; a run without a reducer publishes them with the answers."""
     probabilities: calibration.Probabilities | None = None
     """For prediction with a calibrated model: what its scores mean."""
     ledger: Any = None
     """Where workers that died count their attempts; see `attempts`."""
+    make_engine: Callable[[Job], Engine] | None = None
+    """What answers, in place of the model's engine: for measuring the pipeline without a model."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return (schema.TEST_COLUMNS if self.reducer is None else schema.TRAIN_COLUMNS) + self.extra_columns
+        usual = schema.TEST_COLUMNS if self.reducer is None else schema.TRAIN_COLUMNS
+        return tuple(dict.fromkeys(usual + self.extra_columns))
 
 
 @dataclass(frozen=True)
@@ -157,6 +165,7 @@ def predict(
     args: QATestArgs | Mapping[str, Any] | None = None, output_path: PathLike | None = None,
     scaling: ScalingConfig | None = None, overwrite: bool = False, trust_remote_code: bool = False,
     allow_untrained_head: bool = False, storage_options: Mapping[str, object] | None = None,
+    keep_columns: Sequence[str] = (), single_file: PathLike | None = None,
 ) -> Prediction:
     """Answer every row of CSV files with the columns context and question.
 
@@ -166,19 +175,25 @@ def predict(
         output_path: a folder for Parquet parts in CSV order; None collects a list in the driver. The same call
             on an unfinished folder computes only what is missing.
         overwrite: throw away another run's output in that folder.
+        keep_columns: columns of the input that the Parquet files carry along, as strings.
+        single_file: a Parquet file, outside of that folder, that becomes all parts in order.
 
     With a calibrated model (a calibration.json in its folder, see `evaluation.evaluate`) the files in ``output_path``
     have the column ``probability``, and with ``min_probability`` or ``target_precision`` also ``abstain``. A
     calibration of another model or of other options is not used: with one of the two an OptionError, else a warning.
 
     Raises:
-        OptionError, InputError, CSVError, OutputError, ModelError: before any work is done.
+        OptionError, InputError, CSVError, OutputError, ModelError: before any work is done. OutputError too where
+            another job is at work in the folder.
         WorkError: the work failed; a folder keeps what was finished.
+        Interrupted: on KeyboardInterrupt, saying how far it got.
     """
     from ray_qa.engine import checked_window_maker
     from ray_qa.model import as_source, load_tokenizer
 
     args = QATestArgs.of(args)
+    if output_path is None and (keep_columns or single_file is not None):
+        raise OptionError("keep_columns and single_file say what to write; allowed only with an output folder")
     model = as_source(
         model, trust_remote_code=trust_remote_code, allow_untrained_head=allow_untrained_head,
         storage_options=storage_options,
@@ -188,55 +203,133 @@ def predict(
     index = reading.index_input(
         input_paths, required_columns=schema.TEST_COLUMNS, delimiter=args.delimiter, storage_options=storage_options
     )
+    keep = _checked_columns(index, keep_columns)
     cluster.connect()
     workers = cluster.prediction_workers(scaling, at_most=max(1, index.num_parts))
     precision = resolve_precision(args.precision, workers)
     probabilities = probabilities_of(model, args, precision, to_files=output_path is not None)
-    # The index does not see a short record or a byte that is not UTF-8 in a regular file. Parsing it all once costs
-    # little beside the model, and nobody learns of a broken last line after hours of work.
-    location = None if output_path is None else locate(output_path, storage_options=storage_options)
-    with usable_folder(location):
-        for _ in reading.map_parts(len, index, columns=schema.TEST_COLUMNS):
-            pass
-    folder, done, plan = None, {}, {}
-    if location is not None:
-        plan = _plan(index, model, args, precision, probabilities)
-        folder = results.begin(location, plan, overwrite=overwrite)
-        done = folder.published()
-    missing = [i for i, part in enumerate(index.parts()) if part.first_row not in done]
-    logger.info(
-        "test: %d rows in %d parts%s; %s; precision %s; model %s", index.num_rows, index.num_parts,
-        f" ({len(done)} done already)" if done else "", workers, precision, model.name,
-    )
+    plan = _plan(index, model, args, precision, keep, probabilities)
     job = Job(
         index=ray.put(index), model=model_transfer.share_directory(model.directory, model.digest), options=args,
-        precision=precision, device=workers.device, threads=workers.threads, folder=folder, probabilities=probabilities,
+        precision=precision, device=workers.device, threads=workers.threads, extra_columns=keep,
+        probabilities=probabilities,
         trust_remote_code=trust_remote_code, allow_untrained_head=allow_untrained_head,
     )
+    if output_path is None:
+        _check_records(index)
+        _log_choices(index, 0, workers, precision, model.name)
+        return _collect(job, index, workers, args.max_error_rows)
+    location = locate(output_path, storage_options=storage_options)
+    if single_file is not None:
+        results.check_single_file(
+            single_file, location, results.plan_hash(plan), overwrite=overwrite, storage_options=storage_options
+        )
+    with usable_folder(location), FolderLock(location) as lock:
+        _check_records(index)
+        done = write_parts(
+            job, index, workers, location, plan, lock=lock, overwrite=overwrite, max_error_rows=args.max_error_rows,
+            model_name=model.name,
+        )
+    if single_file is not None:
+        assert isinstance(done.answers, results.Answers)
+        done.answers.write_parquet(single_file, overwrite=overwrite, storage_options=storage_options)
+    return done
+
+
+def _checked_columns(index: CSVIndex, names: Sequence[str]) -> tuple[str, ...]:
+    """``names``, each once. Raises OptionError where a file lacks one, or the answers have a column of that name."""
+    for name in names:
+        if name in RESERVED_COLUMNS:
+            raise OptionError(
+                f"keep_columns names {name!r}, which is a column of the answers; allowed: any but "
+                f"{', '.join(RESERVED_COLUMNS)}"
+            )
+        for file in index.files:
+            if name not in file.columns:
+                raise OptionError(
+                    f"keep_columns names {name!r}, which {file.location.uri} lacks; allowed: {', '.join(file.columns)}"
+                )
+    return tuple(dict.fromkeys(names))
+
+
+def _check_records(index: CSVIndex) -> None:
+    """Parse everything once; raises CSVError.
+
+    The index does not see a short record or a byte that is not UTF-8 in a regular file. Parsing it all costs little
+    beside the model, and nobody learns of a broken last line after hours of work.
+    """
+    for _ in reading.map_parts(len, index, columns=schema.TEST_COLUMNS):
+        pass
+
+
+def _log_choices(index: CSVIndex, num_done: int, workers: Workers, precision: str, model: str) -> None:
+    logger.info(
+        "test: %d rows in %d parts%s; %s; precision %s; model %s", index.num_rows, index.num_parts,
+        f" ({num_done} done already)" if num_done else "", workers, precision, model,
+    )
+
+
+def _collect(job: Job, index: CSVIndex, workers: Workers, max_error_rows: float) -> Prediction:
+    """All answers as a list in the driver."""
     statistics = RunStatistics()
     tables: dict[int, pa.Table] = {}
-    files = dict(done)
-    for report in run_parts(job, index, missing, workers):
-        statistics.add(report)
-        if report.file is not None:
-            files[report.first_row] = report.file
-        if report.answers is not None:
+    with Progress("test", index.num_rows) as progress:
+        for report in run_parts(job, index, range(index.num_parts), workers):
+            statistics.add(report)
+            progress.add(report.num_rows, report.num_errors)
+            assert report.answers is not None
             tables[report.first_row] = report.answers
-    answers: Sequence[QuestionAnsweringResult]
-    if folder is None:
-        num_errors = statistics.num_errors
-        answers = [answer for first_row in sorted(tables) for answer in results.to_results(tables[first_row])]
-        if len(answers) != index.num_rows:
-            raise WorkError(f"{len(answers)} answers came back for {index.num_rows} rows")
-    else:
-        num_errors = folder.finish(plan, files.values(), index.num_rows)["num_errors"]
-        answers = results.Answers(folder.location)
+    answers = [answer for first_row in sorted(tables) for answer in results.to_results(tables[first_row])]
+    if len(answers) != index.num_rows:
+        raise WorkError(f"{len(answers)} answers came back for {index.num_rows} rows")
     return Prediction(
-        answers=answers, num_rows=index.num_rows, num_errors=num_errors, num_parts=index.num_parts,
-        num_resumed_rows=sum(part.num_rows for part in done.values()),
-        too_many_errors=num_errors > allowance(args.max_error_rows, index.num_rows),
-        precision=precision, workers=workers, statistics=statistics,
-        output_path=None if folder is None else folder.location.full_name, probabilities=probabilities,
+        answers=answers, num_rows=index.num_rows, num_errors=statistics.num_errors, num_parts=index.num_parts,
+        num_resumed_rows=0, too_many_errors=statistics.num_errors > allowance(max_error_rows, index.num_rows),
+        precision=job.precision, workers=workers, statistics=statistics, output_path=None,
+    )
+
+
+def write_parts(
+    job: Job, index: CSVIndex, workers: Workers, location: Location, plan: Mapping[str, Any], *, lock: FolderLock,
+    overwrite: bool = False, max_error_rows: float = 0, model_name: str = "",
+) -> Prediction:
+    """The parts that are missing in a folder, and its manifest. ``lock`` is that folder's, and held.
+
+    Raises:
+        OutputError: see `results.begin`.
+        WorkError: the work failed; the folder keeps what was finished.
+        Interrupted: on KeyboardInterrupt, likewise.
+    """
+    folder = results.begin(location, plan, overwrite=overwrite)
+    done = folder.published()
+    missing = [i for i, part in enumerate(index.parts()) if part.first_row not in done]
+    _log_choices(index, len(done), workers, job.precision, model_name)
+    statistics = RunStatistics()
+    files = dict(done)
+    num_done = sum(part.num_rows for part in done.values())
+    progress = Progress("test", index.num_rows, num_done, sum(part.num_errors for part in done.values()))
+    try:
+        with progress:
+            for report in run_parts(dataclasses.replace(job, folder=folder), index, missing, workers):
+                assert report.file is not None
+                statistics.add(report)
+                files[report.first_row] = report.file
+                progress.add(report.num_rows, report.num_errors)
+                lock.check()
+        num_errors = folder.finish(plan, files.values(), index.num_rows, checked=done)["num_errors"]
+    except KeyboardInterrupt as stop:
+        # More parts may be there than reports came back.
+        there = folder.part_names()
+        num_done = sum(part.num_rows for part in index.parts() if results.part_name(part.first_row) in there)
+        raise Interrupted(
+            f"stopped at {num_done:,} of {index.num_rows:,} rows in {location.uri}; the same command goes on with it",
+            {"num_rows": index.num_rows, "num_rows_done": num_done},
+        ) from stop
+    return Prediction(
+        answers=results.Answers(location), num_rows=index.num_rows, num_errors=num_errors, num_parts=index.num_parts,
+        num_resumed_rows=num_done, too_many_errors=num_errors > allowance(max_error_rows, index.num_rows),
+        precision=job.precision, workers=workers, statistics=statistics, output_path=location.full_name,
+        probabilities=job.probabilities,
     )
 
 
@@ -301,15 +394,15 @@ def resolve_precision(precision: str, workers: Workers) -> str:
 
 
 def _plan(
-    index: CSVIndex, model: ModelSource, args: QATestArgs, precision: str,
-    probabilities: calibration.Probabilities | None = None,
+    index: CSVIndex, model: ModelSource, args: QATestArgs, precision: str, keep: Sequence[str],
+    probabilities: calibration.Probabilities | None,
 ) -> dict[str, Any]:
     """Everything that an answer or the layout of the parts depends on."""
     calibrated = {} if probabilities is None else {"calibration": probabilities.to_json()}
     options = {k: v for k, v in dataclasses.asdict(args).items() if k not in _OPTIONS_WITHOUT_EFFECT}
     return {
         "input": index.digest, "num_rows": index.num_rows, "num_parts": index.num_parts, "model": model.digest,
-        "options": options, "precision": precision, **calibrated,
+        "options": options, "precision": precision, "keep_columns": list(keep), **calibrated,
         "versions": {"ray-qa": ray_qa.__version__}
         | {name: version(name) for name in ("tokenizers", "torch", "transformers")},
     }
@@ -420,7 +513,7 @@ class PredictionWorker:
         self.failure: Exception | None = None
         try:
             self.watch.check()
-            self.engine: Engine = _load_engine(job)
+            self.engine: Engine = (job.make_engine or _load_engine)(job)
         except Exception as error:
             self.failure = error
 
@@ -487,11 +580,14 @@ class PredictionWorker:
         )
         if job.reducer is not None:
             return dataclasses.replace(report, reduced=job.reducer(part, table, output), finished=time.time())
+        results.check_answers(table[schema.CONTEXT], output.predictions)
         if job.folder is not None:
-            predictions = output.predictions
+            answers = output.predictions
             if job.probabilities is not None:
-                predictions = job.probabilities.add_to(predictions)
-            file = job.folder.publish_part(predictions, part.first_row, part.num_rows)
+                answers = job.probabilities.add_to(answers)
+            for name in job.extra_columns:
+                answers = answers.append_column(name, table[name])
+            file = job.folder.publish_part(answers, part.first_row, part.num_rows)
             return dataclasses.replace(report, file=file, finished=time.time())
         results.check_rows(output.predictions, part.first_row, part.num_rows)
         return dataclasses.replace(report, answers=output.predictions)

@@ -145,6 +145,10 @@ class ResultFolder:
         found = _in_parallel(lambda name: _inspect(self.location / name, self.plan_hash), self._part_sizes())
         return {part.first_row: part for part in found}
 
+    def part_names(self) -> set[str]:
+        """Names of the part files that are there; nothing is read."""
+        return set(self._part_sizes())
+
     def _part_sizes(self) -> dict[str, int]:
         """Name and size of every part file."""
         return {
@@ -402,7 +406,8 @@ class Answers(Sequence[QuestionAnsweringResult]):
             folder, _, name = target.path.rpartition("/")
             staged = f"{folder}/_{name}.{uuid.uuid4().hex}"
         try:
-            target.filesystem.create_dir(os.path.dirname(staged)) if target.is_local else None
+            if target.is_local:
+                os.makedirs(os.path.dirname(staged), exist_ok=True)
             self._stream_to(target, staged)
             if target.is_local:
                 with open(staged, "rb") as written:
@@ -427,12 +432,15 @@ class Answers(Sequence[QuestionAnsweringResult]):
             pq.ParquetWriter(stream, first.schema.with_metadata(metadata)) as writer,
         ):
             group: list[pa.Table] = []
+            group_rows = group_bytes = 0
             for table in itertools.chain([first], tables):
                 group.append(table)
                 num_rows += len(table)
-                if sum(map(len, group)) >= _GROUP_ROWS or sum(part.nbytes for part in group) >= _GROUP_BYTES:
+                group_rows += len(table)
+                group_bytes += table.nbytes
+                if group_rows >= _GROUP_ROWS or group_bytes >= _GROUP_BYTES:
                     _write_group(writer, group)
-                    group = []
+                    group, group_rows, group_bytes = [], 0, 0
             _write_group(writer, group)
             if num_rows != len(self):
                 raise WorkError(f"{self.location.uri}: {num_rows} rows came out of the parts, {len(self)} are expected")
@@ -441,8 +449,11 @@ class Answers(Sequence[QuestionAnsweringResult]):
         return _in_parallel(self._read, range(len(self._firsts)), threads=4)
 
     def _read(self, part: int) -> pa.Table:
-        data = (self.location / part_name(int(self._firsts[part]))).read_bytes()
-        return pq.read_table(pa.BufferReader(data)).replace_schema_metadata(None)
+        location = self.location / part_name(int(self._firsts[part]))
+        try:
+            return pq.read_table(pa.BufferReader(location.read_bytes())).replace_schema_metadata(None)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise OutputError(f"{location.uri}: cannot be read ({error}); the manifest names it") from error
 
 
 def open_results(path: PathLike, *, storage_options: Mapping[str, object] | None = None) -> Answers:

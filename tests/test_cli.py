@@ -37,6 +37,16 @@ def test_test_writes_parquet_and_one_json_line(
     code, result, err = run(capsys, *arguments, "--max-error-rows", "1")
     assert code == 0 and result["status"] == "done" and result["num_resumed_rows"] == 2
 
+    verify = ("test", "--verify", tmp_path / "out")
+    code, result, err = run(capsys, *verify)
+    assert code == 0 and (result["job"], result["status"], result["num_rows"]) == ("test", "done", 2)
+    part = tmp_path / "out" / "part-000000000000.parquet"
+    part.write_bytes(part.read_bytes()[:-9] + b"x" * 9)
+    code, result, err = run(capsys, *verify)
+    assert code == 1 and "part-000000000000.parquet" in str(result["error"]) and "part-000000000000" in err
+    code, result, err = run(capsys, "test", "--verify", tmp_path)
+    assert code == 2 and "no finished results" in str(result["error"])
+
 
 @pytest.mark.usefixtures("ray_session")
 def test_what_users_get_wrong(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,7 +117,7 @@ def test_every_option_is_a_flag_with_help(job: str) -> None:
     )
     flags = {
         "train": "--num-workers --use-gpu --learning-rate --eval-input", "eval": "--max-bad-rows --compare",
-        "test": "--use-gpu --overwrite --align-to-words --target-precision",
+        "test": "--use-gpu --overwrite --align-to-words --target-precision --keep-columns --single-file --verify",
         "prepare": "--dry-run --output --max-bad-rows",
     }
     for flag in ["--input", "--model", "--precision", "--endpoint-url", *flags[job].split()]:

@@ -14,9 +14,11 @@ from ray.train import ScalingConfig
 
 from ray_qa import prediction, reading
 from ray_qa.errors import CSVError, ModelError, OptionError, OutputError
+from ray_qa.folder_lock import FolderLock
 from ray_qa.model import resolve_model
 from ray_qa.prediction import Prediction, predict
 from ray_qa.results import part_name
+from ray_qa.storage import locate
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -163,3 +165,34 @@ def test_a_bare_encoder_is_refused_unless_asked_for(
     monkeypatch.setattr(prediction, "run_parts", lambda *_: iter(()))
     with pytest.raises(prediction.results.WorkError, match="0 answers came back for 700 rows"):
         predict(rows_csv, model=found, allow_untrained_head=True)
+
+
+def test_input_columns_are_carried_along_and_all_parts_become_one_file(
+    rows_csv: Path, tiny_model: Path, one_worker: tuple[Path, Prediction], tmp_path: Path
+) -> None:
+    single = tmp_path / "all.parquet"
+    done = predict(
+        rows_csv, model=tiny_model, output_path=tmp_path / "out", keep_columns=["id", "question", "id"],
+        single_file=single, scaling=ScalingConfig(num_workers=1),
+    )
+    table = pq.read_table(tmp_path / "out")
+    assert table.column_names[-2:] == ["id", "question"]
+    assert table["id"].to_pylist() == [str(i) for i in range(NUM_ROWS)]
+    assert table.drop_columns(["id", "question"]).equals(pq.read_table(one_worker[0]))
+    assert pq.read_table(single).equals(table) and done.answers.to_table().equals(table)
+    assert list(done.answers) == list(one_worker[1].answers)
+    for names, problem in ((["ids"], r"'ids', which .*rows\.csv lacks; allowed: question, id, context"),
+                           (["answer"], "'answer', which is a column of the answers")):
+        with pytest.raises(OptionError, match=problem):
+            predict(rows_csv, model=tiny_model, output_path=tmp_path / "new", keep_columns=names)
+    with pytest.raises(OptionError, match="only with an output folder"):
+        predict(rows_csv, model=tiny_model, keep_columns=["id"])
+    with pytest.raises(OutputError, match="lies in the output folder"):
+        predict(rows_csv, model=tiny_model, output_path=tmp_path / "new", single_file=tmp_path / "new" / "all.parquet")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_another_job_works_in_is_refused(rows_csv: Path, tiny_model: Path, tmp_path: Path) -> None:
+    with FolderLock(locate(tmp_path)), pytest.raises(OutputError, match="another job is at work in this folder"):
+        predict(rows_csv, model=tiny_model, output_path=tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import pickle
 import re
 import socket
@@ -17,11 +18,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 import pytest
 import ray
 
 from ray_qa import cli, open_results, reading, results
-from ray_qa.errors import InputError, OptionError, OutputError
+from ray_qa.errors import InputError, OptionError, OutputError, WorkError
+from ray_qa.folder_lock import FolderLock
 from ray_qa.prediction import predict
 from ray_qa.storage import Location, expand, locate
 
@@ -156,6 +159,54 @@ def test_a_result_folder_is_taken_up_again(server: Server) -> None:
     assert [answer.answer for answer in results.Answers(location)] == ["a", "a"]
     with pytest.raises(OutputError, match="another run"):
         results.begin(location, {"input": "y"}, overwrite=False)
+
+
+def test_one_job_at_a_time_in_a_folder(server: Server) -> None:
+    location = locate(f"s3://{BUCKET}/locked", storage_options=server.options)
+    with FolderLock(location, beat=0.2) as lock:
+        other = FolderLock(location, lease=30)
+        other._owner["machine"] = "another"  # it cannot ask for the process, and has to watch the claim
+        with pytest.raises(OutputError, match=f"process {os.getpid()} on"):
+            other.__enter__()
+        lock.check()
+    assert not location.list()
+    # The claim of a job that died elsewhere.
+    (location / "_lock.dead.json").publish(b'{"machine": "another", "pid": 1}')
+    begin = time.monotonic()
+    with FolderLock(location, beat=0.1, lease=1.0):
+        assert time.monotonic() - begin >= 1.0
+        assert len(location.list()) == 1
+
+
+def test_many_parts_are_verified_and_become_one_object(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    location = locate(f"s3://{BUCKET}/many", storage_options=server.options)
+    plan: dict[str, object] = {"input": "x"}
+    folder = results.begin(location, plan)
+    parts = []
+    for i in range(20):
+        parts.append(folder.publish_part(pa.table({
+            "row_index": pa.array([i]), "answer": ["a"], "score": pa.array([1.0], pa.float32()),
+            "start": pa.array([0]), "end": pa.array([1]), "error": pa.array([None], pa.string()),
+        }), i, 1))
+    assert folder.published() == {part.first_row: part for part in parts}
+    folder.finish(plan, parts, 20)
+    assert results.verify(location.uri, storage_options=server.options).num_parts == 20
+    answers = pickle.loads(pickle.dumps(results.Answers(location)))
+    single = f"s3://{BUCKET}/single/all.parquet"
+    monkeypatch.setattr(results, "_GROUP_ROWS", 5)
+    assert answers.write_parquet(single, storage_options=server.options) is True
+    target = locate(single, storage_options=server.options)
+    table = pq.read_table(target.path, filesystem=target.filesystem)
+    assert table.equals(answers.to_table())
+    assert answers.write_parquet(single, storage_options=server.options) is False
+    (location / results.part_name(7)).delete()
+    with pytest.raises(WorkError, match="missing .*part-000000000007"):
+        results.verify(location.uri, storage_options=server.options)
+    # What an object store shows of a file that could not be finished is taken away.
+    other = f"s3://{BUCKET}/single/other.parquet"
+    with pytest.raises(OutputError, match="part-000000000007.parquet: cannot be read"):
+        answers.write_parquet(other, storage_options=server.options)
+    assert not locate(other, storage_options=server.options).exists()
 
 
 @pytest.mark.usefixtures("ray_session")
