@@ -5,7 +5,8 @@
 A cluster of two nodes on this machine; in every run a job of its own, as a process of its own, and one kill:
 
     worker     a process that answers parts
-    process    any process that Ray started for the job's cluster: a worker, an idle one, the ledger of attempts
+    process    any worker process of Ray: one that answers parts, an idle one, the ledger of attempts, Ray Data's own
+               actors (not a node's agents: their raylet dies with them, which is the kill of a node)
     node       the raylet of the second node, and with it all that runs there; another node is added later
     driver     the job itself; the same command is then started again
 
@@ -185,8 +186,8 @@ def run_with_kill(
 ) -> dict[str, Any]:
     """One job with one kill; what became of it."""
     job = Job(nodes.address, rows, model, output)
-    job.wait_for(pick.randint(1, num_parts - 2), seconds)
-    time.sleep(pick.uniform(0, 0.3))
+    job.wait_for(pick.randint(1, num_parts // 2), seconds)
+    time.sleep(pick.uniform(0, 0.5))
     before = job.parts()
     killed = ""
     begin = time.monotonic()
@@ -204,12 +205,15 @@ def run_with_kill(
         found = descendants(nodes.raylets())
         matching = sorted(
             pid for pid, name in found.items()
-            if name.startswith("ray::") and (kind == "process" or "PredictionWorker" in name or "MapWorker" in name)
+            if "PredictionWorker" in name or (kind == "process" and name.startswith("ray::") and "Agent" not in name)
         )
         victim = pick.choice(matching)
         killed = found[victim].strip()
         os.kill(victim, signal.SIGKILL)
-    result = job.result(seconds)
+    try:
+        result = job.result(seconds)
+    except RuntimeError as error:
+        raise RuntimeError(f"after the kill of {kind} {killed}: {error}") from error
     after = job.parts()
     rewritten = [name for name, state in before.items() if after.get(name) != state]
     if kind == "node" and nodes.second.all_processes["raylet"][0].process.poll() is not None:
@@ -237,7 +241,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=4)
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--parts", type=int, default=12, help="of 256 rows")
-    parser.add_argument("--pause", type=float, default=0.05, help="seconds of every forward pass")
+    parser.add_argument("--pause", type=float, default=0.2, help="seconds of every forward pass")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=600, help="that one job may take")
     options = parser.parse_args()

@@ -49,7 +49,7 @@ QUESTIONS = 5
 def write_rows(path: Path, num_rows: int) -> None:
     pick = random.Random(7)
     # Contexts are put together from long stretches: the writing must not take longer than what is measured.
-    stretches = [" ".join(pick.choices(WORDS, k=70)) for _ in range(500)]
+    stretches = [" ".join(pick.choices(WORDS, k=90)) for _ in range(500)]
     with open(path, "w", encoding="utf-8") as stream:
         stream.write("id,context,question\n")
         for first in range(0, num_rows, QUESTIONS):
