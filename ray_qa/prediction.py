@@ -54,7 +54,7 @@ _FEEDER_CPUS = 0.5
 _OPTIONS_WITHOUT_EFFECT = {"precision", "tokens_per_batch", "max_error_rows", "max_bad_rows"}
 
 #: Names that input columns cannot have when they are carried along.
-RESERVED_COLUMNS = (*schema.PREDICTIONS.names, "rank", "probability", "abstain")
+RESERVED_COLUMNS = (*schema.PREDICTIONS.names, "rank", schema.PROBABILITY.name, schema.ABSTAIN.name)
 
 Reducer = Callable[[Part, pa.Table, "EngineOutput"], Any]
 
