@@ -23,15 +23,18 @@ _BAR_WIDTH = 24
 class Progress:
     """Counts rows, and tells of it while log lines at level INFO are wanted. A context manager.
 
-    ``num_done`` of ``num_rows`` were found done; they count as rows, not towards the speed.
+    ``num_done`` of ``num_rows`` were found done; they count as rows, not towards the speed. ``note`` stands at the end
+    of every line that is told from then on.
     """
 
     def __init__(
-        self, name: str, num_rows: int, num_done: int = 0, num_errors: int = 0, *, stream: TextIO | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        self, name: str, num_rows: int, num_done: int = 0, num_errors: int = 0, *, unit: str = "rows",
+        stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.num_rows, self.num_done, self.num_errors = num_rows, num_done, num_errors
+        self.note = ""
         self._name = name
+        self._unit = unit
         self._found = num_done
         self._stream = sys.stderr if stream is None else stream
         self._clock = clock
@@ -73,11 +76,13 @@ class Progress:
         seconds = self._clock() - self._started
         speed = (self.num_done - self._found) / seconds if seconds > 0 else 0.0
         share = self.num_done / self.num_rows if self.num_rows else 1.0
-        text = f"{self._name}: {self.num_done:,} of {self.num_rows:,} rows ({share:.0%})"
+        text = f"{self._name}: {self.num_done:,} of {self.num_rows:,} {self._unit} ({share:.0%})"
         if speed > 0:
-            text += f", {speed:,.0f} rows/s" if speed >= 10 else f", {speed:.2g} rows/s"
+            text += f", {speed:,.0f} {self._unit}/s" if speed >= 10 else f", {speed:.2g} {self._unit}/s"
             text += f", {_duration((self.num_rows - self.num_done) / speed)} left"
-        return text + (f", {self.num_errors:,} error{'s' * (self.num_errors != 1)}" if self.num_errors else "")
+        if self.num_errors:
+            text += f", {self.num_errors:,} error{'s' * (self.num_errors != 1)}"
+        return f"{text}, {self.note}" if self.note else text
 
     def _write(self, text: str) -> None:
         filled = round(_BAR_WIDTH * self.num_done / self.num_rows) if self.num_rows else _BAR_WIDTH

@@ -9,11 +9,13 @@ Knows nothing of CSV, tokens or gradients: those are `preparation`'s and `optimi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -31,7 +33,7 @@ import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from ray_qa import cluster, model_transfer, schema
+from ray_qa import cluster, mailbox, model_transfer, schema
 from ray_qa.bad_rows import check_label_rows
 from ray_qa.batches import TrainingSampler, collate, rank_slice
 from ray_qa.csv_index import CSVIndex
@@ -43,6 +45,7 @@ from ray_qa.metrics import Scores
 from ray_qa.model_transfer import FinishedModel, SharedModel
 from ray_qa.options import AnswerOptions, CheckpointOptions, QATrainArgs
 from ray_qa.preparation import Prepared, keep_bad_rows, prepare
+from ray_qa.progress import Progress
 from ray_qa.reading import index_input
 from ray_qa.storage import Location, PathLike, cache_home, locate, usable_folder
 from ray_qa.windows import WindowMaker, Windows
@@ -59,6 +62,8 @@ RESULT = "result.json"
 _RUN = "_run.json"
 # Ranks wait for each other at every step: this long for the slowest one.
 _COLLECTIVE_TIMEOUT_S = 600
+# Rank 0 tells the driver how far it is about this often.
+_TELL_S = 0.5
 # Ray Train looks at its workers this often; its own default of 2 s delays the end of every short training.
 _POLL_INTERVAL_S = "0.25"
 # Threads that wait for one another spin, by default for so long that a core which anything else uses too makes every
@@ -358,6 +363,41 @@ class _WorkerPlan:
     checkpoint_folder: Location | None
     checkpoints: CheckpointOptions
     eval_index: CSVIndex | None
+    mailbox: Any
+    """Takes a `_Step` now and then."""
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What rank 0 tells the driver while it trains."""
+
+    num_done: int
+    num_steps: int
+    loss: float
+    is_first: bool = False
+    note: str = ""
+    """A line of its own."""
+
+
+class _Listener:
+    """Shows in the driver how far the training is."""
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+
+    def __call__(self, step: _Step) -> None:
+        if step.note:
+            logger.info("%s", step.note)
+            return
+        if self._progress is None or step.is_first:
+            self._progress = Progress("train", step.num_steps, step.num_done, unit="steps")
+            return
+        self._progress.note = f"loss {step.loss:.4f}"
+        self._progress.add(step.num_done - self._progress.num_done)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.__exit__(None, None, None)
 
 
 def train_windows(
@@ -372,11 +412,24 @@ def train_windows(
     """
     checkpoints = checkpoints or CheckpointOptions()
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _POLL_INTERVAL_S)
+    listener = _Listener()
+    with contextlib.closing(listener), mailbox.opened(listener) as told:
+        return _run_workers(
+            prepared, source, args, scaling, precision, dtype, trust_remote_code, checkpoint_folder, checkpoints,
+            eval_index, told,
+        )
+
+
+def _run_workers(
+    prepared: Prepared, source: ModelSource, args: QATrainArgs, scaling: ScalingConfig, precision: str, dtype: str,
+    trust_remote_code: bool, checkpoint_folder: Location | None, checkpoints: CheckpointOptions,
+    eval_index: CSVIndex | None, told: Any,
+) -> TrainedWindows:
     plan = _WorkerPlan(
         model=model_transfer.share_directory(source.directory, source.digest), prepared=prepared, args=args,
         precision=precision, dtype=dtype, threads=_threads(scaling), driver_node_id=model_transfer.node_id(),
         trust_remote_code=trust_remote_code, checkpoint_folder=checkpoint_folder, checkpoints=checkpoints,
-        eval_index=eval_index,
+        eval_index=eval_index, mailbox=told,
     )
     max_failures = checkpoints.max_failures if checkpoint_folder is not None else 0
     storage = cache_home() / "runs"
@@ -462,6 +515,8 @@ def _train(plan: _WorkerPlan) -> TrainedWindows | None:
     writer = None
     if plan.checkpoint_folder is not None:
         first_step = _restore(plan.checkpoint_folder, loaded.model, optimization, journal)
+        if first_step and rank == 0:
+            plan.mailbox.put.remote(_Step(first_step, num_steps, 0.0, note=f"train: going on at step {first_step:,}"))
         if rank == 0:
             writer = CheckpointWriter(plan.checkpoint_folder, keep=plan.checkpoints.save_total_limit)
     saved_at = time.monotonic()
@@ -469,6 +524,12 @@ def _train(plan: _WorkerPlan) -> TrainedWindows | None:
     if plan.eval_index is not None:
         evaluate = RankEvaluation(plan.eval_index, args, loaded, rank, world_size)
 
+    def tell(step: _Step) -> None:
+        if rank == 0:
+            plan.mailbox.put.remote(step)
+
+    tell(_Step(first_step, num_steps, 0.0, is_first=True))
+    told_at = -math.inf
     for step in range(first_step, num_steps):
         batch = sampler.batch(step)
         mine, rows = windows.select(rank_slice(batch, rank, world_size, windows.lengths))
@@ -483,8 +544,11 @@ def _train(plan: _WorkerPlan) -> TrainedWindows | None:
         )
         journal.add(report)
         done = step + 1
+        if time.monotonic() - told_at >= _TELL_S or done == num_steps:
+            tell(_Step(done, num_steps, report.loss))
+            told_at = time.monotonic()
         if evaluate is not None and (done % sampler.steps_per_epoch == 0 or done == num_steps):
-            journal.evaluated(done, evaluate())
+            tell(_Step(done, num_steps, report.loss, note=journal.evaluated(done, evaluate())))
         if writer is not None and done < num_steps:
             seconds = time.monotonic() - saved_at
             by_steps = plan.checkpoints.save_steps and done % plan.checkpoints.save_steps == 0
@@ -538,7 +602,6 @@ def _restore(folder: Location, model: torch.nn.Module, optimization: Optimizatio
     model.load_state_dict(checkpoint.read("model"), strict=False)
     optimization.load_state(checkpoint.read("optimizer"))
     journal.restore(checkpoint.position["journal"], step[0])
-    logger.info("going on at step %d", step[0])
     return step[0]
 
 
@@ -622,28 +685,24 @@ class Journal:
             "learning_rate": report.learning_rate, "gradient_norm": report.gradient_norm,
             "windows_per_second": self._line_windows / max(self._line_seconds, 1e-9),
         }
-        logger.info(
-            "step %d: loss %.4f, learning rate %.3g, %.1f windows/s",
-            report.step + 1, line["loss"], report.learning_rate, line["windows_per_second"],
-        )
         self.lines.append(line)
         self._line_loss, self._line_steps, self._line_windows, self._line_seconds = 0.0, 0, 0, 0.0
 
     def finish(self) -> None:
         self._tick()
 
-    def evaluated(self, step: int, scores: Scores) -> None:
-        """An evaluation after ``step`` steps; its time is not the training's."""
+    def evaluated(self, step: int, scores: Scores) -> str:
+        """An evaluation after ``step`` steps, as a line for people; its time is not the training's."""
         line = {
             "step": step, "loss": scores.loss, "exact_match": scores.exact_match, "f1": scores.f1,
             "num_rows": scores.num_rows,
         }
-        logger.info(
-            "step %d: evaluation loss %.4f, exact match %.2f, F1 %.2f", step, scores.loss, scores.exact_match,
-            scores.f1,
-        )
         self.evaluations.append(line)
         self._now = time.monotonic()
+        return (
+            f"train: after step {step:,}: loss {scores.loss:.4f}, exact match {scores.exact_match:.2f}, F1 "
+            f"{scores.f1:.2f} on {scores.num_rows:,} rows"
+        )
 
     def _tick(self) -> None:
         now = time.monotonic()

@@ -24,7 +24,7 @@ import torch
 from ray.train import ScalingConfig
 from safetensors.torch import load_file
 
-from ray_qa import schema
+from ray_qa import progress, schema
 from ray_qa.batches import TrainingSampler, collate, rank_slice
 from ray_qa.csv_index import CSVIndex, index_csv
 from ray_qa.csv_parse import read_part
@@ -181,16 +181,18 @@ def train_in_process(
 @pytest.mark.usefixtures("ray_session")
 class TestOnRay:
     def test_two_rows_train_by_default_and_give_a_plain_model_folder(
-        self, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+        self, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
+        monkeypatch.setattr(progress, "_FIRST_LINE", 0.0)
         path = write(tmp_path / "two.csv", TWO_ROWS)
         output = tmp_path / "tuned"
         args = QATrainArgs(learning_rate=1e-3, num_train_epochs=12, logging_steps=5, precision="fp32")
         with caplog.at_level("INFO", logger="ray_qa"):
             result = train(path, model=str(tiny_model), args=args, output=output)
         assert caplog.messages[0].startswith("train: 2 rows in 1 parts; 1 ")
+        assert [line for line in caplog.messages if "of 12 steps" in line and "loss " in line]
         assert (result.num_rows, result.num_used_rows, result.num_windows) == (2, 2, 2)
         assert (result.num_steps, result.num_train_epochs, result.num_workers) == (12, 12.0, 1)
         assert result.last_loss < result.first_loss / 2
