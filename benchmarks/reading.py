@@ -29,6 +29,8 @@ WORDS = (
     "the of and in to a was is for as on with by that it from at his an were are which this also be had or has first "
     "their its new after but who not they have her she two been other when there all during into school time"
 ).split()
+#: A tenth of the file: enough for every worker to have started and imported what it needs.
+WARM_UP = "tenth.csv"
 COLUMNS = ("id", "context", "question", "answer_text", "answer_start")
 
 
@@ -96,10 +98,9 @@ def measure_on_ray(read: Callable[[Path], int], path: Path, num_cpus: int, repea
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
-    small = path.with_name("small.csv")
     for number in range(repeats + 1):
         started = time.perf_counter()
-        rows = read(path if number else small)
+        rows = read(path if number else path.with_name(WARM_UP))
         if number:
             results.put((rows, time.perf_counter() - started))
     ray.shutdown()
@@ -108,7 +109,7 @@ def measure_on_ray(read: Callable[[Path], int], path: Path, num_cpus: int, repea
 def measure_alone(read: Callable[[Path], int], path: Path, num_cpus: int, repeats: int, results) -> None:
     for number in range(repeats + 1):
         started = time.perf_counter()
-        rows = read(path if number else path.with_name("small.csv"))
+        rows = read(path if number else path.with_name(WARM_UP))
         if number:
             results.put((rows, time.perf_counter() - started))
 
@@ -185,8 +186,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         path = Path(folder, "rows.csv")
         expected = make_csv(path, int(options.gigabytes * 1e9))
-        make_csv(path.with_name("small.csv"), 1_000_000)
         size = path.stat().st_size
+        tenth = path.with_name(WARM_UP)
+        make_csv(tenth, size // 10)
         print(f"{size / 1e9:.2f} GB, {expected:,} rows, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n")
         seconds: dict[str, list[float]] = {name: [] for name in READERS}
         # In turns: what else the machine does falls on all alike.
@@ -210,8 +212,6 @@ def main() -> None:
             )
         print("\n| a process that parses every part of | parts | largest part | peak above its imports | in parts |")
         print("|---|---|---|---|---|")
-        tenth = path.with_name("tenth.csv")
-        make_csv(tenth, size // 10)
         for what, part_bytes in (("read_csv", READ_PART_BYTES), ("the jobs", None)):
             for file in (tenth, path):
                 for peak, largest, num_parts in in_process(peak_of_worker, file, part_bytes):
