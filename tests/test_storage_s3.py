@@ -118,7 +118,7 @@ def test_folders_globs_and_missing_files(server: Server) -> None:
     def names(path: str) -> list[str]:
         return [found.uri for found in expand(path, suffixes=(".csv",), storage_options=server.options)]
 
-    prefix = f"s3://{BUCKET}/many"
+    prefix = f"s3://{BUCKET}/many-parts"
     assert names(prefix) == names(f"{prefix}/") == [f"{prefix}/a.csv", f"{prefix}/b.csv"]
     assert names(f"{prefix}/?.csv") == [f"{prefix}/a.csv", f"{prefix}/b.csv"]
     with pytest.raises(InputError, match="none.csv: no such file"):
@@ -179,7 +179,7 @@ def test_one_job_at_a_time_in_a_folder(server: Server) -> None:
 
 
 def test_many_parts_are_verified_and_become_one_object(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    location = locate(f"s3://{BUCKET}/many", storage_options=server.options)
+    location = locate(f"s3://{BUCKET}/many-parts", storage_options=server.options)
     plan: dict[str, object] = {"input": "x"}
     folder = results.begin(location, plan)
     parts = []
@@ -192,7 +192,7 @@ def test_many_parts_are_verified_and_become_one_object(server: Server, monkeypat
     folder.finish(plan, parts, 20)
     assert results.verify(location.uri, storage_options=server.options).num_parts == 20
     answers = pickle.loads(pickle.dumps(results.Answers(location)))
-    single = f"s3://{BUCKET}/single/all.parquet"
+    single = f"s3://{BUCKET}/single-file/all.parquet"
     monkeypatch.setattr(results, "_GROUP_ROWS", 5)
     assert answers.write_parquet(single, storage_options=server.options) is True
     target = locate(single, storage_options=server.options)
@@ -203,7 +203,7 @@ def test_many_parts_are_verified_and_become_one_object(server: Server, monkeypat
     with pytest.raises(WorkError, match="missing .*part-000000000007"):
         results.verify(location.uri, storage_options=server.options)
     # What an object store shows of a file that could not be finished is taken away.
-    other = f"s3://{BUCKET}/single/other.parquet"
+    other = f"s3://{BUCKET}/single-file/other.parquet"
     with pytest.raises(OutputError, match="part-000000000007.parquet: cannot be read"):
         answers.write_parquet(other, storage_options=server.options)
     assert not locate(other, storage_options=server.options).exists()
