@@ -118,7 +118,7 @@ def test_folders_globs_and_missing_files(server: Server) -> None:
     def names(path: str) -> list[str]:
         return [found.uri for found in expand(path, suffixes=(".csv",), storage_options=server.options)]
 
-    prefix = f"s3://{BUCKET}/many-parts"
+    prefix = f"s3://{BUCKET}/many"
     assert names(prefix) == names(f"{prefix}/") == [f"{prefix}/a.csv", f"{prefix}/b.csv"]
     assert names(f"{prefix}/?.csv") == [f"{prefix}/a.csv", f"{prefix}/b.csv"]
     with pytest.raises(InputError, match="none.csv: no such file"):
@@ -179,7 +179,7 @@ def test_one_job_at_a_time_in_a_folder(server: Server) -> None:
 
 
 def test_many_parts_are_verified_and_become_one_object(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    location = locate(f"s3://{BUCKET}/many-parts", storage_options=server.options)
+    location = locate(f"s3://{BUCKET}/verified", storage_options=server.options)
     plan: dict[str, object] = {"input": "x"}
     folder = results.begin(location, plan)
     parts = []
