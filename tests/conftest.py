@@ -21,9 +21,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where pytest-xdist runs several processes, one of them has the only Ray of the session."""
+    """Where pytest-xdist runs several processes, one of them has all that starts a Ray."""
     for item in items:
-        if "ray_session" in getattr(item, "fixturenames", ()):
+        if {"ray_session", "head"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group("ray"))
 
 

@@ -58,6 +58,7 @@ def test_a_row_that_kills_its_worker_gets_an_error_and_the_rest_completes(
             assert row["score"] == pytest.approx(expected.score, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_workers_that_are_fed_and_evaluation(killer: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.csv", {1}, num_rows=3)
     zipped = tmp_path / "rows.csv.gz"

@@ -327,6 +327,7 @@ def test_two_models_on_the_same_rows(tiny_model: Path, other_model: Path, tmp_pa
         compare(path, models=(tiny_model, other_model), args=args, output_path=output / "a")
 
 
+@pytest.mark.slow
 def test_folders_with_answers_and_with_figures_are_kept_apart(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,12 +350,7 @@ def test_rows_that_repeat_share_their_answers(tiny_model: Path, tmp_path: Path) 
     filler = [("Bob has 7 keys.", f"who has {i} keys?", "Bob", "0") for i in range(598)]
     first, last = ("Ann has 3 keys.", "who?", "Ann", "0"), ("Ann has 3 keys.", "who?", "keys", "10")
     path = write(tmp_path / "rows.csv", [first, *filler, last])
-    for share in (False, True):
-        output = tmp_path / f"out-{share}"
-        evaluate(path, model=tiny_model, args={"share_answers": share}, output_path=output)
-        golds = pq.read_table(output / "details")["golds"].to_pylist()
-        assert golds[0] == (["Ann", "keys"] if share else ["Ann"])
-        assert golds[-1] == (["keys", "Ann"] if share else ["keys"])
-        assert golds[1:-1] == [["Bob"]] * 598
-    single = write(tmp_path / "single.csv", [first])  # where nothing repeats
-    assert evaluate(single, model=tiny_model, args={"share_answers": True}).result.num_rows == 1
+    evaluate(path, model=tiny_model, args={"share_answers": True}, output_path=tmp_path / "out")
+    golds = pq.read_table(tmp_path / "out" / "details")["golds"].to_pylist()
+    assert (golds[0], golds[-1]) == (["Ann", "keys"], ["keys", "Ann"])
+    assert golds[1:-1] == [["Bob"]] * 598

@@ -28,6 +28,7 @@ def campaign(*arguments: object) -> dict[str, object]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
+@pytest.mark.slow
 def test_a_worker_a_node_and_a_driver_are_killed() -> None:
     found = campaign("--runs", 3, "--kinds", "worker,node,driver", "--parts", 6)
     assert found["kills"] == {"worker": 1, "node": 1, "driver": 1}
@@ -38,6 +39,7 @@ def test_fifty_kills() -> None:
     assert campaign("--runs", 52)["runs"] == 52
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_job_cleanly_and_it_goes_on_later(ray_session: None, tmp_path: Path) -> None:
     address = ray.get_runtime_context().gcs_address
     model = make_slow_model(tmp_path / "model", 0.5)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pty
@@ -14,6 +15,16 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+def read_all(terminal: int) -> str:
+    """What was written to the other end, which is closed."""
+    found = b""
+    with contextlib.suppress(OSError):  # EIO: nothing is left, and nobody writes
+        while more := os.read(terminal, 10_000):
+            found += more
+    os.close(terminal)
+    return found.decode()
 
 
 def test_a_log_gets_a_line_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
@@ -38,8 +49,7 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
         for _ in range(4):
             clock.now += 0.5
             progress.add(1)
-    shown = os.read(ours, 10_000).decode().split("\r")
-    os.close(ours)
+    shown = read_all(ours).split("\r")
     assert shown[1] == "[######..................] test: 1 of 4 rows (25%), 2 rows/s, 0:02 left"
     assert shown[-2] == "[########################] test: 4 of 4 rows (100%), 2 rows/s, 0:00 left"
     assert not caplog.records
@@ -54,8 +64,7 @@ def test_programs_that_want_no_log_lines_get_nothing(caplog: pytest.LogCaptureFi
         progress.add(0)
         assert progress.text() == "test: 0 of 0 rows (100%)"
         stream.write("nothing\n")
-    assert os.read(ours, 100) == b"nothing\r\n"
-    os.close(ours)
+    assert read_all(ours) == "nothing\r\n"
 
 
 def test_long_and_slow_runs() -> None:

@@ -323,6 +323,7 @@ class TestOnRay:
         assert (last["exact_match"], last["f1"]) == (outside.exact_match, outside.f1)
         shutil.rmtree(result.model_directory)
 
+    @pytest.mark.slow
     def test_a_loss_that_is_no_number_names_step_and_rows(self, tiny_model: Path, tmp_path: Path) -> None:
         path = write(tmp_path / "two.csv", TWO_ROWS)
         args = QATrainArgs(learning_rate=1e30, num_train_epochs=5)
