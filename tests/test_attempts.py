@@ -37,6 +37,7 @@ def write_rows(path: Path, deadly: set[int], num_rows: int = NUM_ROWS) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_row_that_kills_its_worker_gets_an_error_and_the_rest_completes(
     killer: Path, tiny_model: Path, tmp_path: Path
 ) -> None:

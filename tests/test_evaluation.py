@@ -247,6 +247,7 @@ def test_calibration_is_written_beside_the_model_and_test_finds_it(
     assert {path.name for path in (tmp_path / "few").iterdir()} == {"details", "eval.json", "report.html"}
 
 
+@pytest.mark.slow
 def test_further_answers_and_normalization_count(tiny_model: Path, tmp_path: Path) -> None:
     context, question = "Der Hund 東京!", "wer?"
     (found,) = HappyQuestionAnswering("BERT", str(tiny_model)).answer_question(context, question)
@@ -296,6 +297,7 @@ def other_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
+@pytest.mark.slow
 def test_two_models_on_the_same_rows(tiny_model: Path, other_model: Path, tmp_path: Path) -> None:
     path, output = write_many(tmp_path / "many.csv"), tmp_path / "out"
     args = {"max_bad_rows": 100, "max_seq_length": 64}  # the rows without an answer are left out

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,13 +50,19 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     with open(folder / "head.log", "w") as log:
         process = subprocess.Popen(start, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     try:
-        for _ in range(120):
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            with socket.socket() as probe:  # which costs less than to ask in vain
+                if probe.connect_ex(("127.0.0.1", port)):
+                    assert process.poll() is None, (folder / "head.log").read_text()
+                    time.sleep(0.2)
+                    continue
             listed = subprocess.run(["ray", "job", "list"], env=environment, capture_output=True, text=True)
             if listed.returncode == 0:
                 break
             assert process.poll() is None, (folder / "head.log").read_text()
         else:
-            pytest.fail(f"no head after 120 tries: {listed.stderr}\n{(folder / 'head.log').read_text()}")
+            pytest.fail(f"no head after two minutes\n{(folder / 'head.log').read_text()}")
         yield environment
     finally:
         process.terminate()  # a head that is killed leaves its address behind, and other programs would look for it

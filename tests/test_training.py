@@ -305,6 +305,7 @@ class TestOnRay:
         assert whole.resumed_at_steps == []
         assert whole.last_loss == pytest.approx(result.last_loss, abs=1e-5)
 
+    @pytest.mark.slow
     def test_fewer_rows_than_workers_and_the_ranks_evaluate_like_eval(
         self, tiny_model: Path, tmp_path: Path
     ) -> None:
