@@ -13,7 +13,7 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
 
-# Two processes: one runs all that needs the session's Ray, the other what does not.
+# Two processes: one has the session's Ray and the head of the jobs' tests, the other runs what needs neither.
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 

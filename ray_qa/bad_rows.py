@@ -20,9 +20,11 @@ import pyarrow.parquet as pq
 
 from ray_qa import reading, schema
 from ray_qa.csv_index import CSVIndex
-from ray_qa.errors import BadRowsError, InputError, OutputError
+from ray_qa.errors import BadRowsError, InputError
 from ray_qa.labels import LabelReport, bad_row_of, check_labels
 from ray_qa.options import allowance
+from ray_qa.parquet_files import publish_table, publish_tables
+from ray_qa.results import part_name
 from ray_qa.storage import Location
 
 if TYPE_CHECKING:
@@ -112,7 +114,7 @@ def write_quarantine(
     staged = folder / _STAGED
     write = partial(_stage_part, index, staged, handle_impossible_answer, maker)
     found: dict[int, int] = dict(reading.map_parts(write, index, columns=None, parts=parts))
-    staged_parts = [staged / _part_name(first_row) for first_row in sorted(found)]
+    staged_parts = [staged / part_name(first_row) for first_row in sorted(found)]
     try:
         _merge(staged_parts, target)
     finally:
@@ -126,10 +128,6 @@ def write_quarantine(
     return num_rows
 
 
-def _part_name(first_row: int) -> str:
-    return f"part-{first_row:012d}.parquet"
-
-
 def _stage_part(
     index: CSVIndex, staged: Location, handle_impossible_answer: bool, maker: WindowMaker | None, table: pa.Table
 ) -> tuple[int, int]:
@@ -138,9 +136,7 @@ def _stage_part(
     # All files' columns: each part then has the whole file's schema.
     names = list(dict.fromkeys(name for file in index.files for name in file.columns))
     bad = bad_rows_of(table, names, index.locate_row, handle_impossible_answer, maker=maker)
-    sink = pa.BufferOutputStream()
-    pq.write_table(bad, sink)
-    (staged / _part_name(first_row)).publish(sink.getvalue())
+    publish_table(bad, staged / part_name(first_row))
     return first_row, len(bad)
 
 
@@ -186,17 +182,6 @@ def bad_rows_of(
 
 
 def _merge(parts: Sequence[Location], target: Location) -> None:
-    """One Parquet file of many, one of them in memory at a time; visible when it is complete."""
-    folder, _, name = target.path.rpartition("/")
-    path = f"{folder}/_{name}" if target.is_local else target.path
-    try:
-        with target.filesystem.open_output_stream(path) as stream:
-            tables = (pq.read_table(pa.BufferReader(part.read_bytes())) for part in parts)
-            first = next(tables)
-            with pq.ParquetWriter(stream, first.schema) as writer:
-                for table in itertools.chain([first], tables):
-                    writer.write_table(table)
-        if target.is_local:
-            os.replace(path, target.path)
-    except OSError as error:
-        raise OutputError(f"{target.uri}: cannot be written ({error})") from error
+    tables = (pq.read_table(pa.BufferReader(part.read_bytes())) for part in parts)
+    first = next(tables)
+    publish_tables(itertools.chain([first], tables), first.schema, target)

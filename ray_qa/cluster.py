@@ -90,6 +90,24 @@ def cpus_per_node() -> list[int]:
     return [cpus for cpus in found if cpus]
 
 
+def workers_of(scaling: ScalingConfig) -> Workers:
+    """What ``scaling`` says, in this module's words."""
+    resources = scaling.resources_per_worker if isinstance(scaling.resources_per_worker, dict) else {}
+    cpus = resources.get("CPU", 1)
+    threads = max(1, int(cpus)) if isinstance(cpus, (int, float)) else 1
+    return Workers(_most_workers(scaling), bool(scaling.use_gpu), threads)
+
+
+def resolve_precision(precision: str, device: str) -> str:
+    """"bf16" or "fp32", once for a run, from the hardware that its workers will have."""
+    from ray_qa.model import resolve_precision as resolve
+
+    if precision == "auto" and device == "cuda":
+        # The driver may sit on a node without a GPU.
+        return get(ray.remote(num_gpus=1, num_cpus=0)(lambda: resolve(precision, device)).remote())
+    return resolve(precision, device)
+
+
 def prediction_workers(scaling: ScalingConfig | None, *, at_most: int) -> Workers:
     """Workers for prediction: as ``scaling`` says, else one per GPU, else one-thread workers on every CPU.
 
@@ -105,11 +123,8 @@ def prediction_workers(scaling: ScalingConfig | None, *, at_most: int) -> Worker
         threads = 1
         wanted = gpus if use_gpu else sum(cpus_per_node())
     else:
-        use_gpu = bool(scaling.use_gpu)
-        resources = scaling.resources_per_worker if isinstance(scaling.resources_per_worker, dict) else {}
-        cpus = resources.get("CPU", 1)
-        threads = max(1, int(cpus)) if isinstance(cpus, (int, float)) else 1
-        wanted = _most_workers(scaling)
+        asked = workers_of(scaling)
+        use_gpu, threads, wanted = asked.use_gpu, asked.threads, asked.num_workers
     if scaling is None and wanted < 1:
         raise OptionError(_NO_NODES)
     if wanted < 1:

@@ -177,13 +177,6 @@ class Comparison:
         difference = float(totals[0] / rows[0]) if rows[0] else math.nan
         return Difference(difference, low, high, won, lost, tied)
 
-    def to_json(self) -> dict[str, Any]:
-        """The figures, without the examples."""
-        return {
-            "num_rows": self.num_rows, "num_contexts": self.num_contexts,
-            "exact_match_difference": self.exact_match._asdict(), "f1_difference": self.f1._asdict(),
-        }
-
 
 def pairs_of(a: pa.Table, b: pa.Table) -> pa.Table:
     """The pairs of two tables with schema `slices.DETAILS` over the same rows.

@@ -45,7 +45,8 @@ from ray_qa.errors import InputError, OptionError, OutputError, WorkError
 from ray_qa.labels import LabelReport, gold_answers
 from ray_qa.metrics import NullThresholds, RowScore, Scores, normalize, score_row
 from ray_qa.options import QAEvalArgs, answer_options
-from ray_qa.prediction import Job, RunStatistics, labelled_rows, resolve_precision, run_parts
+from ray_qa.parquet_files import publish_table
+from ray_qa.prediction import Job, RunStatistics, labelled_rows, run_parts
 from ray_qa.storage import Location, PathLike, json_text, locate, usable_folder
 
 if TYPE_CHECKING:
@@ -263,7 +264,7 @@ def _check_rows(
             index, args.handle_impossible_answer, args.max_bad_rows, extra_columns=extra, quarantine=output
         )
         workers = cluster.prediction_workers(scaling, at_most=index.num_parts)
-        precision = resolve_precision(args.precision, workers)
+        precision = cluster.resolve_precision(args.precision, workers.device)
     shared = _find_shared(index, args, extra) if args.share_answers else None
     return _Rows(index, extra, labels, args, workers, precision, shared)
 
@@ -319,7 +320,7 @@ def _evaluate(
     result = _result(scores, thresholds, rows.labels, statistics.num_errors)
     done = Evaluation(result, precision, workers, statistics, None if output is None else output.uri)
     if output is not None:
-        _prove_details(output / DETAILS_NAME, parts)
+        results.check_part_names(output / DETAILS_NAME, parts)
         figures = done_to_json(done) | {
             "model": model.name, "input": _describe_input(index), "normalization": args.normalization,
             "language": args.language, "version": ray_qa.__version__,
@@ -457,19 +458,8 @@ def _remove_earlier(output: Location) -> None:
 
 
 def _remove_details(details: Location) -> None:
-    for info in details.list():
-        if info.base_name.startswith("part-") and info.base_name.endswith(".parquet"):
-            (details / info.base_name).delete()
-
-
-def _prove_details(details: Location, first_rows: Iterable[int]) -> None:
-    found = {info.base_name for info in details.list() if info.base_name.startswith("part-")}
-    expected = {results.part_name(first_row) for first_row in first_rows}
-    if found != expected:
-        raise WorkError(
-            f"{details.uri}: part files and plan differ; missing {sorted(expected - found)[:5]}, "
-            f"not of this run {sorted(found - expected)[:5]}"
-        )
+    for name in results.part_sizes(details):
+        (details / name).delete()
 
 
 @dataclass(frozen=True)
@@ -515,7 +505,7 @@ class Scorer:
             details = self.details_of(table, output, answers, rows, text_rows)
             summary = slices.Summary.of(details, table[schema.CONTEXT].to_pylist())
             sample = calibration.Sample.of(details) if self.calibrate else sample
-            _publish(details, self.details / results.part_name(part.first_row))
+            publish_table(details, self.details / results.part_name(part.first_row))
             if self.paired_with is not None:
                 compared = _pair(self.paired_with, results.part_name(part.first_row), details, table)
         return PartScores(scores, thresholds, summary, sample, compared)
@@ -574,17 +564,11 @@ class Scorer:
         return pa.table(columns, schema=slices.DETAILS)
 
 
-def _publish(table: pa.Table, target: Location) -> None:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    target.publish(sink.getvalue())
-
-
 def _pair(paired: _Paired, name: str, details: pa.Table, table: pa.Table) -> comparison.Comparison:
     """Pair a part's details with those of the other model, publish the pairs, and reduce them."""
     first = pq.read_table(pa.BufferReader((paired.first / name).read_bytes()))
     pairs = comparison.pairs_of(first, details)
-    _publish(pairs, paired.details / name)
+    publish_table(pairs, paired.details / name)
     contexts, starts, ends = table[schema.CONTEXT], details["answer_start"], details["answer_end"]
 
     def pieces(row: int) -> comparison.Pieces:

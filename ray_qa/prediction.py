@@ -206,7 +206,7 @@ def predict(
     keep = _checked_columns(index, keep_columns)
     cluster.connect()
     workers = cluster.prediction_workers(scaling, at_most=max(1, index.num_parts))
-    precision = resolve_precision(args.precision, workers)
+    precision = cluster.resolve_precision(args.precision, workers.device)
     probabilities = probabilities_of(model, args, precision, to_files=output_path is not None)
     plan = _plan(index, model, args, precision, keep, probabilities)
     job = Job(
@@ -381,16 +381,6 @@ def probabilities_of(
         raise OptionError(f"{asked[0]}, but {problem}; {how}")
     logger.warning("results have no column probability: %s; %s", problem, how)
     return None
-
-
-def resolve_precision(precision: str, workers: Workers) -> str:
-    """"bf16" or "fp32", once for the run, from the hardware that the workers will have."""
-    from ray_qa.model import resolve_precision as resolve
-
-    if precision == "auto" and workers.use_gpu:
-        # The driver may sit on a node without a GPU.
-        precision = cluster.get(ray.remote(num_gpus=1, num_cpus=0)(lambda: resolve("auto", "cuda")).remote())
-    return resolve(precision, workers.device)
 
 
 def _plan(

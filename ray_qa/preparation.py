@@ -32,10 +32,11 @@ import ray
 from ray_qa import cluster, schema
 from ray_qa.bad_rows import refuse_bad_rows, write_quarantine
 from ray_qa.csv_index import CSVIndex
-from ray_qa.errors import BadRowsError, InputError, WorkError
+from ray_qa.errors import BadRowsError, InputError
 from ray_qa.labels import BadRow, LabelReport, check_labels
 from ray_qa.options import QATrainArgs, allowance
 from ray_qa.reading import index_input, map_parts
+from ray_qa.results import prove_tiling
 from ray_qa.storage import Location, PathLike, locate
 from ray_qa.windows import PairTemplate, WindowMaker, Windows
 
@@ -235,7 +236,7 @@ def _prepare(index: CSVIndex, maker: WindowMaker, args: QATrainArgs, folder: Loc
         shards.append(Shard(**facts["shard"], num_bytes=num_bytes))
         report.merge(PreparationReport.from_json(facts["report"]))
     shards.sort(key=lambda shard: shard.first_row)
-    _check_accounting(shards, index)
+    prove_tiling(shards, index.num_rows)
     manifest = {
         "format": FORMAT, "key": key, "input": index.digest, "num_rows": index.num_rows,
         "shards": [dataclasses.asdict(shard) for shard in shards], "report": report.to_json(),
@@ -245,20 +246,6 @@ def _prepare(index: CSVIndex, maker: WindowMaker, args: QATrainArgs, folder: Loc
         folder, key, maker.template, maker.max_seq_length, maker.doc_stride, tuple(shards), report,
         reused=False,
     )
-
-
-def _check_accounting(shards: Sequence[Shard], index: CSVIndex) -> None:
-    """Every row went into exactly one shard."""
-    expected = 0
-    for shard in shards:
-        if shard.first_row != expected:
-            raise WorkError(
-                f"preparation: a shard begins at row {shard.first_row} where row {expected} was to come; "
-                "this is a fault of ray_qa or of the storage"
-            )
-        expected += shard.num_rows
-    if expected != index.num_rows:
-        raise WorkError(f"preparation: the shards hold {expected} of {index.num_rows} rows")
 
 
 def _refuse_bad_rows(report: PreparationReport, index: CSVIndex, args: QATrainArgs) -> None:

@@ -12,8 +12,8 @@ from html import escape
 from typing import Any, Protocol
 
 
-class Row(Protocol):
-    """What the page needs of a row; `slices.WorstRow` has it."""
+class Shown(Protocol):
+    """What the pages need of any row."""
 
     @property
     def row_index(self) -> int: ...
@@ -21,6 +21,13 @@ class Row(Protocol):
     def question(self) -> str: ...
     @property
     def golds(self) -> Sequence[str]: ...
+    @property
+    def pieces(self) -> Sequence[tuple[str, str]]: ...
+
+
+class Row(Shown, Protocol):
+    """A row of an evaluation; `slices.WorstRow` has it."""
+
     @property
     def prediction(self) -> str: ...
     @property
@@ -31,8 +38,6 @@ class Row(Protocol):
     def negative_loss(self) -> float: ...
     @property
     def error(self) -> str | None: ...
-    @property
-    def pieces(self) -> Sequence[tuple[str, str]]: ...
 
 
 def render(figures: Mapping[str, Any], worst: Sequence[Row]) -> str:
@@ -69,15 +74,9 @@ def render(figures: Mapping[str, Any], worst: Sequence[Row]) -> str:
     return _page(f"ray_qa: {model}", parts)
 
 
-class Compared(Protocol):
-    """What the page of a comparison needs of a row; `comparison.Example` has it."""
+class Compared(Shown, Protocol):
+    """A row of a comparison; `comparison.Example` has it."""
 
-    @property
-    def row_index(self) -> int: ...
-    @property
-    def question(self) -> str: ...
-    @property
-    def golds(self) -> Sequence[str]: ...
     @property
     def prediction_a(self) -> str: ...
     @property
@@ -90,8 +89,6 @@ class Compared(Protocol):
     def f1_a(self) -> float: ...
     @property
     def f1_b(self) -> float: ...
-    @property
-    def pieces(self) -> Sequence[tuple[str, str]]: ...
 
 
 def render_comparison(figures: Mapping[str, Any], won: Sequence[Compared], lost: Sequence[Compared]) -> str:

@@ -12,19 +12,16 @@ Knows nothing of Ray, of CSV or of models.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import itertools
 import json
-import os
-import uuid
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeVar, overload
+from typing import Any, Protocol, TypeVar, overload
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +30,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from ray_qa.errors import OutputError, WorkError
+from ray_qa.parquet_files import publish_tables
 from ray_qa.schema import PREDICTIONS, ROW_INDEX, QuestionAnsweringResult
 from ray_qa.storage import Location, PathLike, locate, retry
 
@@ -48,9 +46,6 @@ _PART_KEY = b"ray_qa.part"
 _THREADS = 16
 #: Names of files that a writer leaves behind when it is killed; see `Location.publish`.
 _LEFT_BEHIND = ("_part-", f"_{PLAN_NAME}.", f"_{MANIFEST_NAME}.", "_probe.")
-#: A row group of a single file.
-_GROUP_ROWS = 1 << 17
-_GROUP_BYTES = 64 << 20
 #: Read at a file's end: as much as a footer of a few columns takes.
 _FOOTER_BYTES = 16 << 10
 #: Differences that an error lists.
@@ -72,6 +67,19 @@ class PartFile:
 
 def part_name(first_row: int) -> str:
     return f"part-{first_row:012d}.parquet"
+
+
+def part_sizes(location: Location) -> dict[str, int]:
+    """Name and size of every part file in a folder."""
+    return {
+        info.base_name: info.size for info in location.list()
+        if info.type == pafs.FileType.File and info.base_name.startswith("part-")
+    }
+
+
+def check_part_names(location: Location, first_rows: Iterable[int]) -> None:
+    """Raise WorkError unless the folder holds the part files of exactly these first rows."""
+    _same_names(location, set(part_sizes(location)), set(map(part_name, first_rows)))
 
 
 def plan_hash(plan: Mapping[str, Any]) -> str:
@@ -142,19 +150,12 @@ class ResultFolder:
         Raises:
             OutputError: a part file in the folder is of another plan, or is damaged.
         """
-        found = _in_parallel(lambda name: _inspect(self.location / name, self.plan_hash), self._part_sizes())
+        found = _in_parallel(lambda name: _inspect(self.location / name, self.plan_hash), part_sizes(self.location))
         return {part.first_row: part for part in found}
 
     def part_names(self) -> set[str]:
         """Names of the part files that are there; nothing is read."""
-        return set(self._part_sizes())
-
-    def _part_sizes(self) -> dict[str, int]:
-        """Name and size of every part file."""
-        return {
-            info.base_name: info.size for info in self.location.list()
-            if info.type == pafs.FileType.File and info.base_name.startswith("part-")
-        }
+        return set(part_sizes(self.location))
 
     def _delete_damaged(self) -> None:
         def check(name: str) -> None:
@@ -163,7 +164,7 @@ class ResultFolder:
             except (OutputError, WorkError):
                 (self.location / name).delete()
 
-        for _ in _in_parallel(check, self._part_sizes()):
+        for _ in _in_parallel(check, part_sizes(self.location)):
             pass
 
     def finish(
@@ -180,7 +181,7 @@ class ResultFolder:
         """
         ordered = sorted(parts, key=lambda part: part.first_row)
         prove_tiling(ordered, num_rows)
-        sizes = self._part_sizes()
+        sizes = part_sizes(self.location)
         expected = {part_name(part.first_row): part for part in ordered}
         _same_names(self.location, set(sizes), set(expected))
         skip = checked if isinstance(checked, (set, dict)) else set(checked)
@@ -261,7 +262,16 @@ def read_manifest(location: Location) -> dict[str, Any] | None:
     return _read_json(location / MANIFEST_NAME) or None
 
 
-def prove_tiling(parts: Sequence[PartFile], num_rows: int) -> None:
+class Stretch(Protocol):
+    """Rows [first_row, first_row + num_rows)."""
+
+    @property
+    def first_row(self) -> int: ...
+    @property
+    def num_rows(self) -> int: ...
+
+
+def prove_tiling(parts: Sequence[Stretch], num_rows: int) -> None:
     """Raise WorkError unless ``parts``, in order, cover [0, num_rows) without gap or overlap."""
     expected = 0
     for part in parts:
@@ -303,8 +313,7 @@ def verify(path: PathLike, *, storage_options: Mapping[str, object] | None = Non
     for name, total in (("num_parts", len(parts)), ("num_errors", sum(part.num_errors for part in parts))):
         if manifest[name] != total:
             problems.append(f"{MANIFEST_NAME}: {name} is {manifest[name]}, its parts have {total}")
-    found = {info.base_name for info in location.list() if info.base_name.startswith("part-")}
-    _same_names(location, found, {part_name(part.first_row) for part in parts})
+    check_part_names(location, (part.first_row for part in parts))
 
     def problem(part: PartFile) -> str | None:
         name = part_name(part.first_row)
@@ -401,49 +410,20 @@ class Answers(Sequence[QuestionAnsweringResult]):
         )
         if not overwrite and _single_file_facts(target) == (self.manifest["plan_hash"], len(self)):
             return False
-        staged = target.path
-        if target.is_local:
-            folder, _, name = target.path.rpartition("/")
-            staged = f"{folder}/_{name}.{uuid.uuid4().hex}"
-        try:
-            if target.is_local:
-                os.makedirs(os.path.dirname(staged), exist_ok=True)
-            self._stream_to(target, staged)
-            if target.is_local:
-                with open(staged, "rb") as written:
-                    os.fsync(written.fileno())
-                os.replace(staged, target.path)
-        except BaseException as error:
-            # An object store shows what was written so far when the stream is closed: it is taken away again.
-            with contextlib.suppress(OSError):
-                target.filesystem.delete_file(staged)
-            if isinstance(error, OSError):
-                raise OutputError(f"{target.uri}: cannot be written ({error})") from error
-            raise
-        return True
-
-    def _stream_to(self, target: Location, path: str) -> None:
         tables = self._tables()
         first = next(tables, PREDICTIONS.empty_table())
         metadata = {_PLAN_KEY: str(self.manifest["plan_hash"]).encode()}
+        everything = self._counted(itertools.chain([first], tables))
+        publish_tables(everything, first.schema.with_metadata(metadata), target)
+        return True
+
+    def _counted(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         num_rows = 0
-        with (
-            target.filesystem.open_output_stream(path) as stream,
-            pq.ParquetWriter(stream, first.schema.with_metadata(metadata)) as writer,
-        ):
-            group: list[pa.Table] = []
-            group_rows = group_bytes = 0
-            for table in itertools.chain([first], tables):
-                group.append(table)
-                num_rows += len(table)
-                group_rows += len(table)
-                group_bytes += table.nbytes
-                if group_rows >= _GROUP_ROWS or group_bytes >= _GROUP_BYTES:
-                    _write_group(writer, group)
-                    group, group_rows, group_bytes = [], 0, 0
-            _write_group(writer, group)
-            if num_rows != len(self):
-                raise WorkError(f"{self.location.uri}: {num_rows} rows came out of the parts, {len(self)} are expected")
+        for table in tables:
+            num_rows += len(table)
+            yield table
+        if num_rows != len(self):
+            raise WorkError(f"{self.location.uri}: {num_rows} rows came out of the parts, {len(self)} are expected")
 
     def _tables(self) -> Iterator[pa.Table]:
         return _in_parallel(self._read, range(len(self._firsts)), threads=4)
@@ -579,12 +559,6 @@ def _single_file_facts(target: Location) -> tuple[str | None, int]:
         return None, 0
     plan = (footer.metadata or {}).get(_PLAN_KEY)
     return None if plan is None else plan.decode(), footer.num_rows
-
-
-def _write_group(writer: pq.ParquetWriter, tables: Sequence[pa.Table]) -> None:
-    if tables:
-        table = pa.concat_tables(tables).replace_schema_metadata(writer.schema.metadata)
-        writer.write_table(table, row_group_size=max(1, len(table)))
 
 
 def _same_names(location: Location, found: set[str], expected: set[str]) -> None:

@@ -40,10 +40,10 @@ from ray_qa.csv_index import CSVIndex
 from ray_qa.csv_parse import read_parts
 from ray_qa.errors import OutputError, RayQAError, WorkError
 from ray_qa.evaluation import score_rows
-from ray_qa.labels import check_labels
 from ray_qa.metrics import Scores
 from ray_qa.model_transfer import FinishedModel, SharedModel
 from ray_qa.options import AnswerOptions, CheckpointOptions, QATrainArgs
+from ray_qa.prediction import labelled_rows
 from ray_qa.preparation import Prepared, keep_bad_rows, prepare
 from ray_qa.progress import Progress
 from ray_qa.reading import index_input
@@ -67,7 +67,7 @@ _TELL_S = 0.5
 # Ray Train looks at its workers this often; its own default of 2 s delays the end of every short training.
 _POLL_INTERVAL_S = "0.25"
 # Threads that wait for one another spin, by default for so long that a core which anything else uses too makes every
-# step several times as slow. About 10 microseconds cost little on idle cores (docs/performance.md).
+# step several times as slow. Spinning shorter costs little on idle cores (docs/performance.md).
 _CPU_WORKER_ENVIRONMENT = {"GOMP_SPINCOUNT": "3000"}
 
 
@@ -183,10 +183,10 @@ def _train_into(
     cluster.connect()
     scaling = cluster.training_scaling(scaling)
     device = "cuda" if scaling.use_gpu else "cpu"
-    precision = _resolve_precision(args, device)
+    precision = cluster.resolve_precision(args.precision, device)
     logger.info(
         "train: %d rows in %d parts; %s; precision %s; model %s",
-        index.num_rows, index.num_parts, _describe(scaling), precision, source.name,
+        index.num_rows, index.num_parts, cluster.workers_of(scaling), precision, source.name,
     )
     if eval_index is not None:
         check_label_rows(eval_index, args.handle_impossible_answer, args.max_bad_rows)
@@ -276,33 +276,6 @@ def _finished_in(target: Location, plan_hash: str) -> TrainResult | None:
     return None
 
 
-def _describe(scaling: ScalingConfig) -> str:
-    if scaling.use_gpu:
-        kind = "GPU"
-    else:
-        kind = f"{_threads(scaling)}-thread CPU"
-    return f"{scaling.num_workers} {kind} worker{'s' if scaling.num_workers != 1 else ''}"
-
-
-def _threads(scaling: ScalingConfig) -> int:
-    # Ray's classes for tuning make the type of these fields wide.
-    resources: Any = scaling.resources_per_worker or {}
-    return max(1, int(resources.get("CPU", 1)))
-
-
-def _resolve_precision(args: QATrainArgs, device: str) -> str:
-    """"bf16" or "fp32"; asks a GPU worker where the driver has no GPU to look at."""
-    from ray_qa.model import resolve_precision
-
-    if args.precision == "auto" and device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            probe: Any = ray.remote(num_gpus=1, max_retries=0)(resolve_precision)
-            return cluster.get(probe.remote("auto", "cuda"))
-    return resolve_precision(args.precision, device)
-
-
 def _check_shared(home: Location) -> None:
     """On several nodes a folder on a disk must be the same folder on each of them.
 
@@ -363,7 +336,7 @@ class _WorkerPlan:
     checkpoint_folder: Location | None
     checkpoints: CheckpointOptions
     eval_index: CSVIndex | None
-    mailbox: Any
+    mailbox: Any = None
     """Takes a `_Step` now and then."""
 
 
@@ -412,26 +385,18 @@ def train_windows(
     """
     checkpoints = checkpoints or CheckpointOptions()
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _POLL_INTERVAL_S)
-    listener = _Listener()
-    with contextlib.closing(listener), mailbox.opened(listener) as told:
-        return _run_workers(
-            prepared, source, args, scaling, precision, dtype, trust_remote_code, checkpoint_folder, checkpoints,
-            eval_index, told,
-        )
-
-
-def _run_workers(
-    prepared: Prepared, source: ModelSource, args: QATrainArgs, scaling: ScalingConfig, precision: str, dtype: str,
-    trust_remote_code: bool, checkpoint_folder: Location | None, checkpoints: CheckpointOptions,
-    eval_index: CSVIndex | None, told: Any,
-) -> TrainedWindows:
     plan = _WorkerPlan(
         model=model_transfer.share_directory(source.directory, source.digest), prepared=prepared, args=args,
-        precision=precision, dtype=dtype, threads=_threads(scaling), driver_node_id=model_transfer.node_id(),
-        trust_remote_code=trust_remote_code, checkpoint_folder=checkpoint_folder, checkpoints=checkpoints,
-        eval_index=eval_index, mailbox=told,
+        precision=precision, dtype=dtype, threads=cluster.workers_of(scaling).threads,
+        driver_node_id=model_transfer.node_id(), trust_remote_code=trust_remote_code,
+        checkpoint_folder=checkpoint_folder, checkpoints=checkpoints, eval_index=eval_index,
     )
     max_failures = checkpoints.max_failures if checkpoint_folder is not None else 0
+    with contextlib.closing(_Listener()) as listener, mailbox.opened(listener) as told:
+        return _fit(dataclasses.replace(plan, mailbox=told), scaling, max_failures)
+
+
+def _fit(plan: _WorkerPlan, scaling: ScalingConfig, max_failures: int) -> TrainedWindows:
     storage = cache_home() / "runs"
     name = f"run-{uuid.uuid4().hex}"
     trainer = TorchTrainer(
@@ -515,8 +480,6 @@ def _train(plan: _WorkerPlan) -> TrainedWindows | None:
     writer = None
     if plan.checkpoint_folder is not None:
         first_step = _restore(plan.checkpoint_folder, loaded.model, optimization, journal)
-        if first_step and rank == 0:
-            plan.mailbox.put.remote(_Step(first_step, num_steps, 0.0, note=f"train: going on at step {first_step:,}"))
         if rank == 0:
             writer = CheckpointWriter(plan.checkpoint_folder, keep=plan.checkpoints.save_total_limit)
     saved_at = time.monotonic()
@@ -528,6 +491,8 @@ def _train(plan: _WorkerPlan) -> TrainedWindows | None:
         if rank == 0:
             plan.mailbox.put.remote(step)
 
+    if first_step:
+        tell(_Step(first_step, num_steps, 0.0, note=f"train: going on at step {first_step:,}"))
     tell(_Step(first_step, num_steps, 0.0, is_first=True))
     told_at = -math.inf
     for step in range(first_step, num_steps):
@@ -641,12 +606,7 @@ class RankEvaluation:
         return sum((everything[first_row] for first_row in sorted(everything)), Scores())
 
     def _score(self, table: pa.Table) -> Scores:
-        check = check_labels(table, handle_impossible_answer=self.engine.options.handle_impossible_answer)
-        for name, values in (
-            (schema.ANSWER_TEXT, check.answer_text), (schema.ANSWER_START, check.answer_start.astype(str))
-        ):
-            table = table.set_column(table.column_names.index(name), name, pa.array(values, pa.string()))
-        table = table.filter(pa.array(check.usable))
+        table = labelled_rows(table, self.engine.options.handle_impossible_answer)
         return score_rows(table, self.engine.answer(table, with_loss=True))
 
 

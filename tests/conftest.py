@@ -21,7 +21,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where pytest-xdist runs several processes, one of them has all that starts a Ray."""
+    """Where pytest-xdist runs several processes, one of them has the session's Ray and the jobs' head."""
     for item in items:
         if {"ray_session", "head"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group("ray"))

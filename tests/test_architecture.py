@@ -48,7 +48,7 @@ def imported_by(statement: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "name",
-    ["errors", "options", "schema", "storage"]
+    ["errors", "options", "schema", "storage", "parquet_files"]
     + ["csv_file", "csv_scan", "csv_parse", "csv_index"]
     + ["labels", "windows", "batches", "spans", "metrics", "golds", "slices", "comparison", "calibration", "report"]
     + ["results", "folder_lock", "progress"]

@@ -102,7 +102,8 @@ def test_comparisons_merge_to_the_same_in_any_order(seed: int, cuts: list[int], 
     parts = [of(table.slice(a, b - a)) for a, b in zip(edges, edges[1:], strict=False)]
     rng.shuffle(parts)
     merged, whole = sum(parts, Comparison()), of(table)
-    assert merged.to_json() == whole.to_json()
+    for name in ("num_rows", "num_contexts", "exact_match", "f1"):
+        assert getattr(merged, name) == getattr(whole, name)
     assert merged.won == whole.won and merged.lost == whole.lost
     assert np.array_equal(merged.sums, whole.sums)
 

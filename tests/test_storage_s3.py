@@ -22,9 +22,10 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from ray_qa import cli, open_results, reading, results
-from ray_qa.errors import InputError, OptionError, OutputError, WorkError
+from ray_qa import cli, open_results, parquet_files, reading, results
+from ray_qa.errors import InputError, ModelError, OptionError, OutputError, WorkError
 from ray_qa.folder_lock import FolderLock
+from ray_qa.model import resolve_model
 from ray_qa.prediction import predict
 from ray_qa.storage import Location, expand, locate
 
@@ -193,7 +194,7 @@ def test_many_parts_are_verified_and_become_one_object(server: Server, monkeypat
     assert results.verify(location.uri, storage_options=server.options).num_parts == 20
     answers = pickle.loads(pickle.dumps(results.Answers(location)))
     single = f"s3://{BUCKET}/single-file/all.parquet"
-    monkeypatch.setattr(results, "_GROUP_ROWS", 5)
+    monkeypatch.setattr(parquet_files, "GROUP_ROWS", 5)
     assert answers.write_parquet(single, storage_options=server.options) is True
     target = locate(single, storage_options=server.options)
     table = pq.read_table(target.path, filesystem=target.filesystem)
@@ -234,6 +235,26 @@ def test_workers_read_and_write_with_the_drivers_options(server: Server, tiny_mo
     again = predict(folder, model=tiny_model, output_path=output, storage_options=server.options)
     assert 0 < again.num_resumed_rows < 600
     assert list(open_results(output, storage_options=server.options)) == list(done.answers)
+
+
+def test_models_at_uris_that_are_refused(server: Server, tiny_model: Path) -> None:
+    folder = locate(f"s3://{BUCKET}/models/pickled", storage_options=server.options)
+    with pytest.raises(ModelError, match="models/none.: there is no such folder"):
+        resolve_model(f"s3://{BUCKET}/models/none", storage_options=server.options)
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).publish((tiny_model / name).read_bytes())
+    (folder / "pytorch_model.bin").publish(b"whatever a pickle does")
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin, which can run code"):
+        resolve_model(folder.uri, storage_options=server.options)
+    assert not [request for request in server.requests(folder.path + "/pytorch_model.bin") if request.startswith("GET")]
+    (folder / "pytorch_model.bin").delete()
+    (folder / "model.safetensors").publish((tiny_model / "model.safetensors").read_bytes())
+    found = resolve_model(folder.uri, storage_options=server.options)
+    assert found.name == folder.uri and found.has_head
+    assert (found.directory / "model.safetensors").read_bytes() == (tiny_model / "model.safetensors").read_bytes()
+    before = server.requests(folder.path + "/model.safetensors")
+    assert resolve_model(folder.uri, storage_options=server.options) == found
+    assert server.requests(folder.path + "/model.safetensors") == before  # it is fetched once
 
 
 @pytest.mark.slow
