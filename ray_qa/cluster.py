@@ -12,6 +12,7 @@ import pickle
 import re
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -52,6 +53,45 @@ def connect() -> None:
     context.max_consecutive_actor_init_deaths = MAX_INIT_DEATHS
     # What fails there is raised here; Ray Data would print its whole stack first, twice.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+
+
+class _KnowsTheCluster:
+    """Lets a dataset's execution begin when it knows what the cluster has; Ray Data calls these methods.
+
+    It asks an actor and does not wait for the answer. What it takes for an answer holds for a second, and before the
+    first one that is "no CPUs": one task at a time would run in that second.
+    """
+
+    #: Seconds to wait at most.
+    PATIENCE = 2.0
+
+    def before_execution_starts(self, executor: Any) -> None:
+        # These are the executor's own; where another Ray has them no more, that second is lost again.
+        with contextlib.suppress(AttributeError):
+            until = time.monotonic() + self.PATIENCE
+            while not executor._cluster_autoscaler.get_total_resources().cpu and time.monotonic() < until:
+                time.sleep(0.002)
+            executor._resource_manager._global_limits_last_update_time = 0
+
+    def on_execution_step(self, executor: Any) -> None: ...
+
+    def after_execution_succeeds(self, executor: Any) -> None: ...
+
+    def after_execution_fails(self, executor: Any, error: Exception) -> None: ...
+
+
+@contextlib.contextmanager
+def data_context(*, target_max_block_size: int) -> Iterator[None]:
+    """For datasets that are made inside: blocks of ``target_max_block_size`` bytes, and all CPUs at work at once."""
+    context = ray.data.DataContext.get_current()
+    size, callbacks = context.target_max_block_size, context.custom_execution_callback_classes
+    context.target_max_block_size = target_max_block_size
+    ours: Any = _KnowsTheCluster
+    context.custom_execution_callback_classes = [*callbacks, ours]
+    try:
+        yield
+    finally:
+        context.target_max_block_size, context.custom_execution_callback_classes = size, callbacks
 
 
 @contextlib.contextmanager

@@ -33,6 +33,8 @@ PARTS_WANTED, MIN_PART_ROWS, MAX_PART_ROWS = 20_000, 256, 32_768
 #: Files with long rows get fewer rows a part, so that a part is about this large at most.
 MAX_PART_BYTES = 64 << 20
 _MAX_GRANULES = 1 << 20
+#: A part of a given number of bytes is cut to this share of it, about.
+_GRANULES_OF_PART = 32
 _ASSUMED_RATIO = 8  # of text to compressed bytes; only sets how finely record starts are sampled
 MapChunks = Callable[[Callable[[Any], Any], Sequence[Any]], Iterable[Any]]
 
@@ -125,7 +127,9 @@ def index_csv(
     if len(opened) != len(locations):
         raise ValueError(f"map_chunks gave {len(opened)} results for {len(locations)} files")
     text_bytes = sum(file.size * (_ASSUMED_RATIO if file.compression else 1) for file in opened)
-    granule = 1 << max(0, (text_bytes - 1) // _MAX_GRANULES).bit_length()
+    # Finer than this nobody needs to know where records start.
+    finest = max((text_bytes - 1) // _MAX_GRANULES, ((part_bytes or 0) - 1) // _GRANULES_OF_PART, 0)
+    granule = 1 << finest.bit_length()
     tasks = [task for file in opened for task in scan_tasks(file, granule, chunk_bytes)]
     scans = iter(map_chunks(scan_chunk, tasks))
     stitched = [

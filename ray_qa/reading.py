@@ -26,10 +26,13 @@ CSV_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".csv.bz2", ".tsv.bz2", ".
 
 #: Runs that Ray Data schedules at most: beyond this, a task's fixed cost is shared by several parts.
 MAX_RUNS = 2_000
-#: Text that is worth a task: Ray Data takes some 30 ms for each, in which as much can be parsed as this is a few times.
-RUN_BYTES = 64 << 20
-#: But as many runs as this for every CPU come first, so that all of them end at about the same time.
-_RUNS_PER_CPU = 8
+#: Text that is worth a task: Ray Data looks for finished tasks ten times a second while others are at work, and a CPU
+#: may wait that long for its next one.
+WORTH_A_RUN_BYTES = 128 << 20
+#: Text of a task at most: what is done again where it fails.
+MAX_RUN_BYTES = 512 << 20
+#: Blocks of the datasets: a worker holds one while it makes it (Ray Data's own 128 MB would be many parts).
+BLOCK_BYTES = 32 << 20
 #: Parts of `read_csv`, which publishes nothing and so need not have small ones.
 READ_PART_BYTES = 16 << 20
 #: Chunks below this number are scanned by the driver: a task would cost more than it saves.
@@ -77,36 +80,35 @@ def _map_on_cluster(function: Callable[[Any], Any], items: Sequence[Any]) -> Ite
 
 
 def part_runs(
-    index: CSVIndex, parts: Sequence[int] | None = None, *, parts_per_run: int = 1, cell_per_block: bool = False
+    index: CSVIndex, parts: Sequence[int] | None = None, *, sizes: Iterable[int] = itertools.repeat(1),
+    cell_per_block: bool = False,
 ) -> ray.data.Dataset:
     """A dataset with one row a run, in a block of its own; column ``parts``: list of part numbers.
 
-    ``parts`` (ascending) are the parts wanted, None means all; a run takes ``parts_per_run`` of them, or more where
-    they are very many. The parts of a compressed file stay in one run,
+    ``parts`` (ascending) are the parts wanted, None means all; ``sizes`` says how many of them each run takes, and a
+    run takes more where they are very many. The parts of a compressed file stay in one run,
     because it can only be read from its beginning. With ``cell_per_block`` each row of a later step is a block of its
-    own, for steps whose rows are whole parts; otherwise all parts of a run could end up with one worker.
+    own, for steps whose rows are whole parts; otherwise all parts of a run could end up with one worker. Else blocks
+    have `BLOCK_BYTES`, about.
     """
     cluster.connect()
     wanted = np.arange(index.num_parts) if parts is None else np.asarray(parts, dtype=np.int64)
-    per_run = max(parts_per_run, -(-len(wanted) // MAX_RUNS))
+    fewest = -(-len(wanted) // MAX_RUNS)
+    next_size = iter(sizes)
     runs: list[list[int]] = []
-    last_file = -1
+    last_file, size = -1, 0
     for number in wanted.tolist():
         file = index.part(number).file
         goes_on = file == last_file and index.files[file].compression is not None
-        if not runs or (len(runs[-1]) >= per_run and not goes_on):
+        if not runs or (len(runs[-1]) >= size and not goes_on):
             runs.append([])
+            size = max(next(next_size), fewest)
         runs[-1].append(number)
         last_file = file
     column = pa.list_(pa.int64())
     blocks = [pa.table({PARTS: pa.array([run], type=column)}) for run in runs]
-    context = ray.data.DataContext.get_current()
-    usual = context.target_max_block_size
-    context.target_max_block_size = 1 if cell_per_block else usual
-    try:
+    with cluster.data_context(target_max_block_size=1 if cell_per_block else BLOCK_BYTES):
         return ray.data.from_blocks(blocks)  # which keeps a copy of the context
-    finally:
-        context.target_max_block_size = usual
 
 
 def read_run(
@@ -126,7 +128,8 @@ def read_csv(
     """Any CSV as a Ray dataset: ``row_index`` (int64), then every column as strings.
 
     ``row_index`` is the record's exact 0-based position over all files, whatever the number of workers. The
-    files are indexed at once (one pass over their bytes), and parsed in parallel when the dataset is consumed.
+    files are indexed at once (one pass over their bytes), and parsed in parallel when the dataset is consumed. Its
+    blocks, and those of steps that follow, have 32 MB at most, about (``dataset.context.target_max_block_size``).
 
     Args:
         paths: a file, a folder, a glob, or a list of these; local or a URI; gzip, bz2 and zstd too.
@@ -142,7 +145,8 @@ def read_csv(
         storage_options=storage_options,
     )
     reader = partial(_read_tables, ray.put(index), None if columns is None else list(columns))
-    return _task_runs(index).map_batches(reader, batch_size=1, batch_format="numpy")
+    runs = _task_runs(index, worth_bytes=WORTH_A_RUN_BYTES)
+    return runs.map_batches(reader, batch_size=1, batch_format="numpy")
 
 
 def _read_tables(
@@ -170,12 +174,29 @@ def map_parts(
             yield cluster.unpack(cell)
 
 
-def _task_runs(index: CSVIndex, parts: Sequence[int] | None = None) -> ray.data.Dataset:
-    """Runs for tasks that only read: long enough to be worth a task each, short enough to keep all CPUs at work."""
+def _task_runs(index: CSVIndex, parts: Sequence[int] | None = None, *, worth_bytes: int = 0) -> ray.data.Dataset:
+    """Runs for tasks that only read: `run_sizes` for these parts; a run has ``worth_bytes`` of text, about."""
     num_parts = index.num_parts if parts is None else len(parts)
-    worth_a_task = RUN_BYTES * index.num_parts // max(1, index.num_bytes)
-    fair_share = num_parts // (_RUNS_PER_CPU * max(1, sum(cluster.cpus_per_node())))
-    return part_runs(index, parts, parts_per_run=max(1, min(worth_a_task, fair_share)))
+    part_bytes = max(1, index.num_bytes // max(1, index.num_parts))
+    sizes = run_sizes(
+        num_parts, sum(cluster.cpus_per_node()), at_least=worth_bytes // part_bytes, at_most=MAX_RUN_BYTES // part_bytes
+    )
+    return part_runs(index, parts, sizes=sizes)
+
+
+def run_sizes(num_parts: int, num_cpus: int, *, at_least: int = 1, at_most: int) -> Iterator[int]:
+    """How many parts each run takes, so that the runs are few and all CPUs end at about the same time.
+
+    Every round gives each CPU a run, all of one size, which together take two thirds of what is left ("factoring":
+    Hummel, Schonberg and Flynn, 1992). Goes on without end in runs of ``at_least`` parts.
+    """
+    num_cpus = max(1, num_cpus)
+    left = num_parts
+    while True:
+        size = max(1, at_least, min(2 * left // (3 * num_cpus), at_most))
+        for _ in range(num_cpus):
+            yield size
+            left -= size
 
 
 def _call_on_parts(

@@ -314,7 +314,9 @@ def test_rows_in_a_part_follow_the_input_alone(tmp_path, monkeypatch):
 
 def test_parts_by_bytes(tmp_path):
     location = write(tmp_path, b"q,r\n" + b"a,b\n" * 10_000)
-    assert [part.num_rows for part in index(location, part_bytes=12_000).parts()] == [3000, 3000, 3000, 1000]
+    counts = [part.num_rows for part in index(location, part_bytes=12_000).parts()]
+    assert sum(counts) == 10_000 and len(counts) == 4
+    assert all(2_900 <= count <= 3_100 for count in counts[:3])  # one in 32
     assert index(location, part_bytes=1 << 30).num_parts == 1
     assert index(location, part_bytes=1).num_parts == 10_000
     assert index(location).num_bytes == 40_000

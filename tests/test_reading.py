@@ -5,8 +5,10 @@ import gzip
 import itertools
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray.data
 
 from ray_qa import cluster, reading
 from ray_qa.errors import CSVError, InputError, WorkError
@@ -43,6 +45,31 @@ def test_every_part_is_in_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert sum(1 in {files[number] for number in run} for run in runs) == 1  # a compressed file stays whole
     some = [list(row["parts"]) for row in reading.part_runs(index, [1, 3]).take_all()]
     assert sorted(some) == [[1], [3]]
+
+
+@pytest.mark.parametrize("num_parts, num_cpus, at_least", [(1, 8, 1), (120, 2, 8), (1_000, 3, 1), (7, 64, 0)])
+def test_run_sizes_fall_and_are_few(num_parts: int, num_cpus: int, at_least: int) -> None:
+    sizes = reading.run_sizes(num_parts, num_cpus, at_least=at_least, at_most=200)
+    taken: list[int] = []
+    while sum(taken) < num_parts:
+        taken.append(next(sizes))
+    assert taken == sorted(taken, reverse=True) and taken[0] <= 200 and taken[-1] >= 1
+    assert len(taken) <= num_cpus * (3 + num_parts.bit_length())
+
+
+def test_tasks_run_side_by_side_from_the_first_moment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    known: list[float] = []
+
+    class Listens(cluster._KnowsTheCluster):
+        def before_execution_starts(self, executor: Any) -> None:
+            super().before_execution_starts(executor)
+            known.append(executor._resource_manager.get_global_limits().cpu)
+
+    monkeypatch.setattr(cluster, "_KnowsTheCluster", Listens)
+    before = list(ray.data.DataContext.get_current().custom_execution_callback_classes)
+    assert reading.read_csv(write(tmp_path / "a.csv", [["c", "q"]])).count() == 1
+    assert known and min(known) == sum(cluster.cpus_per_node())
+    assert ray.data.DataContext.get_current().custom_execution_callback_classes == before
 
 
 def test_many_small_files_share_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
