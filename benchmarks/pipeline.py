@@ -137,7 +137,7 @@ def measure(rows: Path, model: Path, output: Path, *, engine: str, part_rows: in
     location.make_folder()
     lap("start")
     with FolderLock(location) as lock:
-        prediction._check_records(index)
+        reading.check_records(index, schema.TEST_COLUMNS)
         lap("check")
         plan = {"benchmark": engine, "input": index.digest, "num_parts": index.num_parts}
         done = prediction.write_parts(job, index, workers, location, plan, lock=lock)

@@ -50,6 +50,12 @@ logger = logging.getLogger("ray_qa")
 
 #: CPUs of a task that reads and tokenizes beside the workers.
 _FEEDER_CPUS = 0.5
+#: Parts that a worker is given at a time, at most: where they are quick, Ray Data's time for each task counts.
+_PARTS_OF_RUN = 32
+#: But a worker gets as many tasks as this, so that all end at about the same time.
+_RUNS_OF_WORKER = 16
+#: Seconds after which a worker tells of the parts that it finished meanwhile.
+_REPORT_SECONDS = 1.0
 #: Options that change how fast a run is, or what is said about it, and never an answer.
 _OPTIONS_WITHOUT_EFFECT = {"precision", "tokens_per_batch", "max_error_rows", "max_bad_rows"}
 
@@ -216,7 +222,7 @@ def predict(
         trust_remote_code=trust_remote_code, allow_untrained_head=allow_untrained_head,
     )
     if output_path is None:
-        _check_records(index)
+        reading.check_records(index, schema.TEST_COLUMNS)
         _log_choices(index, 0, workers, precision, model.name)
         return _collect(job, index, workers, args.max_error_rows)
     location = locate(output_path, storage_options=storage_options)
@@ -225,7 +231,7 @@ def predict(
             single_file, location, results.plan_hash(plan), overwrite=overwrite, storage_options=storage_options
         )
     with usable_folder(location), FolderLock(location) as lock:
-        _check_records(index)
+        reading.check_records(index, schema.TEST_COLUMNS)
         done = write_parts(
             job, index, workers, location, plan, lock=lock, overwrite=overwrite, max_error_rows=args.max_error_rows,
             model_name=model.name,
@@ -250,16 +256,6 @@ def _checked_columns(index: CSVIndex, names: Sequence[str]) -> tuple[str, ...]:
                     f"keep_columns names {name!r}, which {file.location.uri} lacks; allowed: {', '.join(file.columns)}"
                 )
     return tuple(dict.fromkeys(names))
-
-
-def _check_records(index: CSVIndex) -> None:
-    """Parse everything once; raises CSVError.
-
-    The index does not see a short record or a byte that is not UTF-8 in a regular file. Parsing it all costs little
-    beside the model, and nobody learns of a broken last line after hours of work.
-    """
-    for _ in reading.map_parts(len, index, columns=schema.TEST_COLUMNS):
-        pass
 
 
 def _log_choices(index: CSVIndex, num_done: int, workers: Workers, precision: str, model: str) -> None:
@@ -407,7 +403,9 @@ def run_parts(job: Job, index: CSVIndex, parts: Sequence[int], workers: Workers)
     if not parts:
         return
     feeds = workers.use_gpu or any(file.compression is not None for file in index.files)
-    runs = reading.part_runs(index, parts, cell_per_block=feeds)
+    most = min(_PARTS_OF_RUN, len(parts) // (_RUNS_OF_WORKER * workers.num_workers))
+    sizes = reading.run_sizes(len(parts), workers.num_workers, at_most=most)
+    runs = reading.part_runs(index, parts, sizes=sizes, cell_per_block=True)
     ledger = attempts.start_ledger()
     job = dataclasses.replace(job, ledger=ledger)
     pool = ray.data.ActorPoolStrategy(
@@ -424,16 +422,16 @@ def run_parts(job: Job, index: CSVIndex, parts: Sequence[int], workers: Workers)
         total = sum(cluster.cpus_per_node())
         # Workers on CPUs leave room for at least one feeder.
         cpus = 1 if workers.use_gpu else workers.threads * max(total - _FEEDER_CPUS, 0.5) / total
-    reports = runs.map_batches(
+    answered = runs.map_batches(
         PredictionWorker, fn_constructor_args=(job,), batch_size=1, batch_format="numpy",
         compute=pool,
         num_cpus=round(cpus, 4), num_gpus=1 if workers.use_gpu else None,
     )
     expected = {index.part(number).first_row for number in parts}
     try:
-        for batch in cluster.batches(reports):
-            for cell in batch["report"]:
-                report: PartReport = cluster.unpack(cell)
+        for batch in cluster.batches(answered):
+            reports: list[PartReport] = [report for cell in batch["reports"] for report in cluster.unpack(cell)]
+            for report in reports:
                 if report.first_row not in expected:
                     raise WorkError(f"the part of row {report.first_row} came back twice")
                 expected.remove(report.first_row)
@@ -510,9 +508,15 @@ class PredictionWorker:
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[bytes]]]:
         if self.failure is not None:
             raise self.failure
+        reports: list[PartReport] = []
+        told = time.monotonic()
         for part, table, windows in self._prepared(batch):
-            report = self._found(part) or self._answer(part, table, windows)
-            yield {"report": [cluster.pack(report)]}
+            reports.append(self._found(part) or self._answer(part, table, windows))
+            if time.monotonic() - told >= _REPORT_SECONDS:
+                yield {"reports": [cluster.pack(reports)]}
+                reports, told = [], time.monotonic()
+        if reports:
+            yield {"reports": [cluster.pack(reports)]}
 
     def _prepared(self, batch: dict[str, Any]) -> Iterator[tuple[Part, pa.Table, Windows | None]]:
         if reading.PARTS in batch:

@@ -6,6 +6,7 @@ after the other. No text passes through the driver, only the index and these num
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -20,6 +21,7 @@ from ray_qa import cluster, storage
 from ray_qa.csv_file import Part
 from ray_qa.csv_index import CSVIndex, index_csv
 from ray_qa.csv_parse import read_parts
+from ray_qa.errors import WorkError
 from ray_qa.storage import PathLike
 
 CSV_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".csv.bz2", ".tsv.bz2", ".csv.zst", ".tsv.zst")
@@ -112,13 +114,30 @@ def part_runs(
 
 
 def read_run(
-    index: CSVIndex, batch: Mapping[str, Any], columns: Sequence[str] | None = None
+    index: CSVIndex, batch: Mapping[str, Any], columns: Sequence[str] | None = None, *, join_bytes: int = 0
 ) -> Iterator[tuple[Part, pa.Table]]:
-    """The parts that one row of `part_runs` names, each with its table (see `csv_parse.read_part`)."""
+    """The parts that one row of `part_runs` names, each with its table (see `csv_parse.read_part`).
+
+    With ``join_bytes`` neighbouring parts come as one of so many bytes, about: small parts cost more than their text.
+    """
     (numbers,) = batch[PARTS]
     parts = (index.part(int(number)) for number in numbers)
     for file, group in itertools.groupby(parts, key=lambda part: part.file):
-        yield from read_parts(index.files[file], group, columns)
+        yield from read_parts(index.files[file], _joined(group, join_bytes), columns)
+
+
+def _joined(parts: Iterable[Part], join_bytes: int) -> Iterator[Part]:
+    """``parts`` of one file, those that follow each other put together as long as they are below ``join_bytes``."""
+    whole: Part | None = None
+    for part in parts:
+        if whole is not None and whole.end == part.start and part.end - whole.start <= join_bytes:
+            whole = dataclasses.replace(whole, end=part.end, num_rows=whole.num_rows + part.num_rows)
+            continue
+        if whole is not None:
+            yield whole
+        whole = part
+    if whole is not None:
+        yield whole
 
 
 def read_csv(
@@ -154,6 +173,30 @@ def _read_tables(
 ) -> Iterator[pa.Table]:
     for _, table in read_run(ray.get(index), batch, columns):
         yield table
+
+
+def check_records(index: CSVIndex, columns: Sequence[str]) -> None:
+    """Parse everything once, on the cluster's CPUs. Raises CSVError.
+
+    The index does not see a short record or a byte that is not UTF-8 in a regular file. Parsing it all costs little
+    beside a model, and nobody learns of a broken last line after hours of work.
+    """
+    if not index.num_parts:
+        return
+    cluster.connect()
+    counter = partial(_count_rows, ray.put(index), list(columns))
+    counts = _task_runs(index, worth_bytes=WORTH_A_RUN_BYTES).map_batches(counter, batch_size=1, batch_format="numpy")
+    num_rows = sum(int(batch["rows"].sum()) for batch in cluster.batches(counts))
+    if num_rows != index.num_rows:
+        raise WorkError(f"{num_rows} rows were read where the index has {index.num_rows}")
+
+
+def _count_rows(
+    index: ray.ObjectRef[CSVIndex], columns: list[str], batch: dict[str, Any]
+) -> Iterator[dict[str, list[int]]]:
+    # A generator: what a plain function raises comes back as text alone.
+    tables = read_run(ray.get(index), batch, columns, join_bytes=READ_PART_BYTES)
+    yield {"rows": [sum(table.num_rows for _, table in tables)]}
 
 
 def map_parts(
