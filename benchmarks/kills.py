@@ -136,9 +136,9 @@ class TwoNodes:
 class Job:
     """The command `test` as a process."""
 
-    def __init__(self, address: str, rows: Path, model: Path, output: Path) -> None:
+    def __init__(self, address: str, rows: Path, model: Path, output: Path, log: Path | None = None) -> None:
         self.output = output
-        self.log = output.with_suffix(".log")
+        self.log = log or output.with_suffix(".log")
         command = [
             sys.executable, "-m", "ray_qa.cli", "test", "--input", rows, "--model", model, "--output", output,
             "--trust-remote-code", "--tokens-per-batch", "2048", "--max-error-rows", "0.5", "--keep-columns", "id",
