@@ -97,7 +97,7 @@ def check_rows(table: pa.Table, first_row: int, num_rows: int) -> None:
     right_count = len(found) == num_rows or ("rank" in table.column_names and len(found) > num_rows > 0)
     complete = right_count and (
         num_rows == 0
-        or (found[0] == first_row and found[-1] == first_row + num_rows - 1 and bool(np.isin(steps, (0, 1)).all()))
+        or (found[0] == first_row and found[-1] == first_row + num_rows - 1 and bool(((steps == 0) | (steps == 1)).all()))
     )
     if not complete:
         raise WorkError(
@@ -431,7 +431,7 @@ class Answers(Sequence[QuestionAnsweringResult]):
     def _read(self, part: int) -> pa.Table:
         location = self.location / part_name(int(self._firsts[part]))
         try:
-            return pq.read_table(pa.BufferReader(location.read_bytes())).replace_schema_metadata(None)
+            return pq.ParquetFile(pa.BufferReader(location.read_bytes())).read().replace_schema_metadata(None)
         except (OSError, pa.ArrowInvalid) as error:
             raise OutputError(f"{location.uri}: cannot be read ({error}); the manifest names it") from error
 
@@ -540,7 +540,9 @@ def _inspect(location: Location, expected_plan: str, *, whole: bool = False) -> 
         data = location.read_bytes()
         if _checksum(data.slice(0, part["page_bytes"])) != part["page_checksum"]:
             raise damaged("its checksum differs")
-        table = pq.read_table(pa.BufferReader(data), columns=[ROW_INDEX, "error"])
+        # Not read_table, which makes a dataset of the file first: three times as long for a small part.
+        file = pq.ParquetFile(pa.BufferReader(data), metadata=footer)
+        table = file.read(columns=[ROW_INDEX, "error"], use_threads=False)
         try:
             check_rows(table, found.first_row, found.num_rows)
         except WorkError as error:
