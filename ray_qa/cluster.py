@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import ray
 import ray.data
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.exceptions import RayError, UserCodeException
 from ray.train import ScalingConfig
 
@@ -55,8 +56,8 @@ def connect() -> None:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
-class _KnowsTheCluster:
-    """Lets a dataset's execution begin when it knows what the cluster has; Ray Data calls these methods.
+class _KnowsTheCluster(ExecutionCallback):
+    """Lets a dataset's execution begin when it knows what the cluster has.
 
     It asks an actor and does not wait for the answer. What it takes for an answer holds for a second, and before the
     first one that is "no CPUs": one task at a time would run in that second.
@@ -73,12 +74,6 @@ class _KnowsTheCluster:
                 time.sleep(0.002)
             executor._resource_manager._global_limits_last_update_time = 0
 
-    def on_execution_step(self, executor: Any) -> None: ...
-
-    def after_execution_succeeds(self, executor: Any) -> None: ...
-
-    def after_execution_fails(self, executor: Any, error: Exception) -> None: ...
-
 
 @contextlib.contextmanager
 def data_context(*, target_max_block_size: int) -> Iterator[None]:
@@ -86,8 +81,7 @@ def data_context(*, target_max_block_size: int) -> Iterator[None]:
     context = ray.data.DataContext.get_current()
     size, callbacks = context.target_max_block_size, context.custom_execution_callback_classes
     context.target_max_block_size = target_max_block_size
-    ours: Any = _KnowsTheCluster
-    context.custom_execution_callback_classes = [*callbacks, ours]
+    context.custom_execution_callback_classes = [*callbacks, _KnowsTheCluster]
     try:
         yield
     finally:

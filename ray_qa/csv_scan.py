@@ -112,8 +112,6 @@ class _Masks:
         end = self._lead + self._block.size
         words = np.full(self._words.size // _WORD, _ALL)
         words[0] = (int(_ALL) << (self._lead + 1)) & int(_ALL)
-        if self._lead + 1 == _WORD:
-            words[0] = 0
         if end % _WORD:
             words[-1] &= np.uint64((1 << end % _WORD) - 1)
         return words
@@ -400,7 +398,8 @@ def _nul_in_body(file: CSVFile, chunk_start: int, nul_at: int, state: int, rows_
     data = read_range(file, start - 1, nul_at + 1)
     scanner = _Scanner(file.delimiter, 1)
     scanner.feed(np.frombuffer(data, dtype=np.uint8), start)
-    return nul_error(file.location.uri, nul_at, rows_before + scanner.records[state] - 1, bytes(data))
+    before = bytes(read_range(file, max(0, nul_at - 40), nul_at + 1))
+    return nul_error(file.location.uri, nul_at, rows_before + scanner.records[state] - 1, before)
 
 
 @dataclass(frozen=True)

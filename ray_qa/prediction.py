@@ -54,8 +54,6 @@ _FEEDER_CPUS = 0.5
 _PARTS_OF_RUN = 32
 #: But a worker gets as many tasks as this, so that all end at about the same time.
 _RUNS_OF_WORKER = 16
-#: Seconds after which a worker tells of the parts that it finished meanwhile.
-_REPORT_SECONDS = 1.0
 #: Options that change how fast a run is, or what is said about it, and never an answer.
 _OPTIONS_WITHOUT_EFFECT = {"precision", "tokens_per_batch", "max_error_rows", "max_bad_rows"}
 
@@ -403,7 +401,9 @@ def run_parts(job: Job, index: CSVIndex, parts: Sequence[int], workers: Workers)
     if not parts:
         return
     feeds = workers.use_gpu or any(file.compression is not None for file in index.files)
-    most = min(_PARTS_OF_RUN, len(parts) // (_RUNS_OF_WORKER * workers.num_workers))
+    most = 1  # without a folder, where finished parts are found again, a death costs the whole run
+    if job.folder is not None:
+        most = min(_PARTS_OF_RUN, len(parts) // (_RUNS_OF_WORKER * workers.num_workers))
     sizes = reading.run_sizes(len(parts), workers.num_workers, at_most=most)
     runs = reading.part_runs(index, parts, sizes=sizes, cell_per_block=True)
     ledger = attempts.start_ledger()
@@ -411,7 +411,7 @@ def run_parts(job: Job, index: CSVIndex, parts: Sequence[int], workers: Workers)
     pool = ray.data.ActorPoolStrategy(
         # Ray Data warns of a pool that waits for more workers than there are runs.
         min_size=min(workers.num_workers, runs.count()), max_size=workers.num_workers, initial_size=workers.num_workers,
-        # One part at work and one waiting: more would lie with one worker while another has none.
+        # One run at work and one waiting: more would lie with one worker while another has none.
         max_tasks_in_flight_per_actor=2,
     )
     cpus = float(workers.threads)
@@ -508,13 +508,16 @@ class PredictionWorker:
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[bytes]]]:
         if self.failure is not None:
             raise self.failure
+        # Told after 1, 2, 4, ... parts, whatever the clock says: where a worker dies, another does the same call again,
+        # and what came out before is taken as the first items of what comes out then.
         reports: list[PartReport] = []
-        told = time.monotonic()
+        num_parts = 0
         for part, table, windows in self._prepared(batch):
             reports.append(self._found(part) or self._answer(part, table, windows))
-            if time.monotonic() - told >= _REPORT_SECONDS:
+            num_parts += 1
+            if num_parts & (num_parts - 1) == 0:
                 yield {"reports": [cluster.pack(reports)]}
-                reports, told = [], time.monotonic()
+                reports = []
         if reports:
             yield {"reports": [cluster.pack(reports)]}
 

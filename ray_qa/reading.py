@@ -87,26 +87,26 @@ def part_runs(
 ) -> ray.data.Dataset:
     """A dataset with one row a run, in a block of its own; column ``parts``: list of part numbers.
 
-    ``parts`` (ascending) are the parts wanted, None means all; ``sizes`` says how many of them each run takes, and a
-    run takes more where they are very many. The parts of a compressed file stay in one run,
-    because it can only be read from its beginning. With ``cell_per_block`` each row of a later step is a block of its
-    own, for steps whose rows are whole parts; otherwise all parts of a run could end up with one worker. Else blocks
-    have `BLOCK_BYTES`, about.
+    ``parts`` (ascending) are the parts wanted, None means all; ``sizes`` says how many of them each run takes. A run
+    takes more where they are very many, and no more once it has `MAX_RUN_BYTES`. The parts of a compressed file stay
+    in one run, because it can only be read from its beginning. With ``cell_per_block`` each row of a later step is a
+    block of its own, for steps whose rows are whole parts; otherwise all parts of a run could end up with one worker.
+    Else blocks have `BLOCK_BYTES`, about.
     """
     cluster.connect()
     wanted = np.arange(index.num_parts) if parts is None else np.asarray(parts, dtype=np.int64)
     fewest = -(-len(wanted) // MAX_RUNS)
     next_size = iter(sizes)
     runs: list[list[int]] = []
-    last_file, size = -1, 0
+    last_file, size, num_bytes = -1, 0, 0
     for number in wanted.tolist():
-        file = index.part(number).file
-        goes_on = file == last_file and index.files[file].compression is not None
-        if not runs or (len(runs[-1]) >= size and not goes_on):
+        part = index.part(number)
+        goes_on = part.file == last_file and index.files[part.file].compression is not None
+        if not runs or ((len(runs[-1]) >= size or num_bytes >= MAX_RUN_BYTES) and not goes_on):
             runs.append([])
-            size = max(next(next_size), fewest)
+            size, num_bytes = max(next(next_size), fewest), 0
         runs[-1].append(number)
-        last_file = file
+        last_file, num_bytes = part.file, num_bytes + part.end - part.start
     column = pa.list_(pa.int64())
     blocks = [pa.table({PARTS: pa.array([run], type=column)}) for run in runs]
     with cluster.data_context(target_max_block_size=1 if cell_per_block else BLOCK_BYTES):
@@ -221,9 +221,8 @@ def _task_runs(index: CSVIndex, parts: Sequence[int] | None = None, *, worth_byt
     """Runs for tasks that only read: `run_sizes` for these parts; a run has ``worth_bytes`` of text, about."""
     num_parts = index.num_parts if parts is None else len(parts)
     part_bytes = max(1, index.num_bytes // max(1, index.num_parts))
-    sizes = run_sizes(
-        num_parts, sum(cluster.cpus_per_node()), at_least=worth_bytes // part_bytes, at_most=MAX_RUN_BYTES // part_bytes
-    )
+    most = max(1, MAX_RUN_BYTES // part_bytes)
+    sizes = run_sizes(num_parts, sum(cluster.cpus_per_node()), at_least=worth_bytes // part_bytes, at_most=most)
     return part_runs(index, parts, sizes=sizes)
 
 

@@ -20,7 +20,7 @@ from corpus_csv import CORPUS, Case
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ray_qa import csv_index, storage
+from ray_qa import csv_index, csv_scan, storage
 from ray_qa.csv_index import CSVIndex, index_csv
 from ray_qa.csv_parse import read_part, read_parts
 from ray_qa.errors import CSVError, InputError, OptionError
@@ -310,6 +310,20 @@ def test_rows_in_a_part_follow_the_input_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(csv_index, "MAX_PART_BYTES", 400)
     assert [part.num_rows for part in index(location).parts()] == [100] * 10
     assert [part.num_rows for part in index(location, part_rows=600).parts()] == [600, 400]
+
+
+@pytest.mark.parametrize("granule", [1, 64, 4096])
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\r"])
+def test_borders_of_the_blocks_that_are_scanned_leave_no_trace(tmp_path, monkeypatch, line_end, granule):
+    record = b'"a ""b""' + line_end + b'c, d",plain' + line_end
+    location = write(tmp_path, b"q,r" + line_end + b"".join(record * (i % 3) + line_end * (i % 2) for i in range(90)))
+    monkeypatch.setattr(csv_index, "_MAX_GRANULES", max(1, 2_000 // granule))
+    expected = index(location, part_rows=7)
+    assert expected.num_rows == 90
+    monkeypatch.setattr(csv_scan, "_BIT_BLOCK", 64)
+    for chunk_bytes in (1, 63, 64, 65, 1000):
+        found = index(location, part_rows=7, chunk_bytes=chunk_bytes)
+        assert list(found.parts()) == list(expected.parts()) and found.digest == expected.digest
 
 
 def test_parts_by_bytes(tmp_path):

@@ -124,7 +124,7 @@ class Hiccups(threading.Thread):
         self._target = target
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
-        self.every = 3
+        self.every = 5
         self.num_requests = self.num_failed = 0
         self._lock = threading.Lock()
 
@@ -137,10 +137,11 @@ class Hiccups(threading.Thread):
             threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def end(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits in accept
         self._listener.close()
 
     def _serve(self, client: socket.socket) -> None:
-        with client, socket.create_connection(self._target) as server, contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), client, socket.create_connection(self._target) as server:
             threading.Thread(target=self._answer, args=(server, client), daemon=True).start()
             while data := client.recv(1 << 16):
                 if data.startswith((b"GET ", b"HEAD ", b"PUT ", b"POST ", b"DELETE ")) and self._fails():
@@ -190,7 +191,7 @@ def test_storage_that_fails_now_and_then(server: Server, hiccups: tuple[Hiccups,
     assert set(folder.published()) == set(range(0, 32, 4))
     folder.finish(plan, parts, 32)
     assert results.verify(f"s3://{BUCKET}/hiccups", storage_options=options).num_rows == 32
-    assert proxy.num_failed > 8
+    assert proxy.num_failed > 4
     # And seen past the proxy, nothing is there but the parts, the plan and the manifest.
     names = {info.base_name for info in locate(f"s3://{BUCKET}/hiccups", storage_options=server.options).list()}
     assert len(names) == 10 and {"_manifest.json", "_plan.json"} < names
@@ -209,7 +210,7 @@ def test_storage_that_stays_away_is_a_clear_error(
     with pytest.raises(OutputError, match=r"s3://ray-qa/away/.*(cannot be read|cannot be written)"):
         folder.publish_part(predictions(4, 4), 4, 4)
     print(f"given up after {time.monotonic() - begin:.0f} s")
-    proxy.every = 3
+    proxy.every = 5
     folder.publish_part(predictions(4, 4), 4, 4)
     assert json.loads((location / "_plan.json").read_bytes().to_pybytes())["plan"] == {"number": 1}
     assert set(folder.published()) == {0, 4}

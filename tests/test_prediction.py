@@ -5,18 +5,24 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import ray
 from ray.train import ScalingConfig
 
-from ray_qa import prediction, reading
+from ray_qa import prediction, reading, results
+from ray_qa.cluster import Workers
 from ray_qa.errors import CSVError, ModelError, OptionError, OutputError
 from ray_qa.folder_lock import FolderLock
 from ray_qa.model import resolve_model
+from ray_qa.options import QATestArgs
 from ray_qa.prediction import Prediction, predict
 from ray_qa.results import part_name
 from ray_qa.storage import locate
@@ -116,6 +122,42 @@ def test_the_same_run_again_computes_only_what_is_missing(
     assert json.loads((folder / "_manifest.json").read_text())["num_rows"] == NUM_ROWS
     with pytest.raises(OutputError, match=r"options was .*max_answer_length.*overwrite"):
         predict(rows_csv, model=tiny_model, output_path=folder, args={"max_answer_length": 3})
+
+
+def test_a_worker_that_dies_in_the_middle_of_a_run(
+    rows_csv: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is started again with the same run, and finds at once what it had published slowly."""
+    monkeypatch.setattr(prediction, "_RUNS_OF_WORKER", 1)
+    index = reading.index_input(rows_csv, required_columns=["context", "question"], part_rows=50)
+    assert index.num_parts == 14
+    died = tmp_path / "died"
+
+    def make_engine(job: prediction.Job) -> Any:
+        engine = prediction._load_engine(job)
+        answer = engine.answer
+
+        def dies_once(table: Any, *arguments: Any, **options: Any) -> Any:
+            time.sleep(0 if died.exists() else 0.4)
+            if table["row_index"][0].as_py() == 5 * 50 and not died.exists():
+                died.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return answer(table, *arguments, **options)
+
+        engine.answer = dies_once  # type: ignore[method-assign]
+        return engine
+
+    source = resolve_model(tiny_model)
+    job = prediction.Job(
+        index=ray.put(index), model=prediction.model_transfer.share_directory(source.directory, source.digest),
+        options=QATestArgs(), precision="fp32", device="cpu", threads=1, make_engine=make_engine,
+    )
+    location = locate(tmp_path / "out")
+    location.make_folder()
+    with FolderLock(location) as lock:
+        done = prediction.write_parts(job, index, Workers(1, False, 1), location, {"number": 1}, lock=lock)
+    assert died.exists() and done.statistics.num_rows == NUM_ROWS
+    assert results.verify(tmp_path / "out").num_parts == 14
 
 
 @pytest.mark.parametrize("count", [0, 1])

@@ -57,6 +57,16 @@ def test_run_sizes_fall_and_are_few(num_parts: int, num_cpus: int, at_least: int
     assert len(taken) <= num_cpus * (3 + num_parts.bit_length())
 
 
+def test_a_run_has_no_more_text_than_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = [write(tmp_path / f"{i}.csv", [["c", "q"]]) for i in range(100)]
+    large = write(tmp_path / "large.csv", [["c" * 1000, "q"]] * 100)
+    monkeypatch.setattr(reading, "MAX_RUN_BYTES", 5_000)
+    index = reading.index_input([*small, large], required_columns=["context"], part_rows=1)
+    runs = [row["parts"] for row in reading._task_runs(index, worth_bytes=5_000).take_all()]
+    texts = [sum(part.end - part.start for part in map(index.part, run)) for run in runs]
+    assert sum(map(len, runs)) == 200 and max(texts) < 5_000 + 1_010
+
+
 def test_tasks_run_side_by_side_from_the_first_moment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     known: list[float] = []
 
