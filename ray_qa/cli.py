@@ -22,6 +22,7 @@ import tyro
 
 from ray_qa.errors import ErrorRowsError, Interrupted, OptionError, RayQAError, WorkError
 from ray_qa.options import CheckpointOptions, QAEvalArgs, QATestArgs, QATrainArgs
+from ray_qa.storage import without_secrets
 
 if TYPE_CHECKING:
     from ray.train import ScalingConfig
@@ -45,6 +46,10 @@ class _Source:
     endpoint_url: str | None = None
     """Address of an S3-compatible store, such as http://minio:9000; otherwise AWS_ENDPOINT_URL. Credentials come from
     AWS_ACCESS_KEY_ID and its companions, or from the places where S3 clients look for them."""
+
+    wait_for_workers: float | None = None
+    """Seconds to wait for workers that the cluster has no room for yet (default 1800): until an autoscaler has added
+    nodes, or other jobs have ended. Given, it also lets the job wait for nodes that are added by hand."""
 
     @property
     def storage_options(self) -> dict[str, object] | None:
@@ -179,6 +184,7 @@ def _train(job: TrainJob) -> dict[str, Any]:
         job.input, model=_model(job), args=job.options, output=job.output, scaling=_scaling(job),
         eval_paths=job.eval_input or None, storage_path=job.storage_path, trust_remote_code=job.trust_remote_code,
         checkpoints=job.checkpoints, storage_options=job.storage_options,
+        wait_seconds=job.wait_for_workers,
     )
     done = result.to_json()
     done.pop("history")  # stands in result.json
@@ -187,7 +193,7 @@ def _train(job: TrainJob) -> dict[str, Any]:
 
 def _eval(job: EvalJob) -> dict[str, Any]:
     done = _evaluation(job) if job.compare is None else _comparison(job, job.compare)
-    return done if job.output is None else done | {"output": job.output}
+    return done if job.output is None else done | {"output": without_secrets(job.output)}
 
 
 def _comparison(job: EvalJob, names: tuple[str, str]) -> dict[str, Any]:
@@ -203,9 +209,9 @@ def _comparison(job: EvalJob, names: tuple[str, str]) -> dict[str, Any]:
     done = compare(
         job.input, models=(first, second), args=job.options, output_path=job.output, scaling=_scaling(job),
         trust_remote_code=job.trust_remote_code, allow_untrained_head=job.allow_untrained_head,
-        storage_options=job.storage_options,
+        storage_options=job.storage_options, wait_seconds=job.wait_for_workers,
     )
-    return compared_to_json(done) | {"model_a": names[0], "model_b": names[1]}
+    return compared_to_json(done) | {"model_a": without_secrets(names[0]), "model_b": without_secrets(names[1])}
 
 
 def _evaluation(job: EvalJob) -> dict[str, Any]:
@@ -217,9 +223,9 @@ def _evaluation(job: EvalJob) -> dict[str, Any]:
         job.input, model=_resolve(job, job.model, job.revision), args=job.options,
         output_path=job.output, scaling=_scaling(job), calibrate=job.calibrate, trust_remote_code=job.trust_remote_code,
         allow_untrained_head=job.allow_untrained_head,
-        storage_options=job.storage_options,
+        storage_options=job.storage_options, wait_seconds=job.wait_for_workers,
     )
-    return done_to_json(done) | {"model": job.model}
+    return done_to_json(done) | {"model": without_secrets(job.model)}
 
 
 def _test(job: TestJob) -> dict[str, Any]:
@@ -230,10 +236,11 @@ def _test(job: TestJob) -> dict[str, Any]:
         overwrite=job.overwrite, trust_remote_code=job.trust_remote_code,
         allow_untrained_head=job.allow_untrained_head,
         storage_options=job.storage_options, keep_columns=_names(job.keep_columns), single_file=job.single_file,
+        wait_seconds=job.wait_for_workers,
     )
     summary = {
         "num_rows": done.num_rows, "num_errors": done.num_errors, "num_parts": done.num_parts,
-        "num_resumed_rows": done.num_resumed_rows, "model": job.model, "precision": done.precision,
+        "num_resumed_rows": done.num_resumed_rows, "model": without_secrets(job.model), "precision": done.precision,
         "num_workers": done.workers.num_workers, "device": done.workers.device,
         "rows_per_second": round(done.statistics.rows_per_second, 2), "output": done.output_path,
     }
@@ -256,7 +263,7 @@ def _verify(job: VerifyJob) -> dict[str, Any]:
     from ray_qa.results import verify
 
     options = _endpoint(job.endpoint_url)
-    return {"verified": job.verify} | dataclasses.asdict(verify(job.verify, storage_options=options))
+    return {"verified": without_secrets(job.verify)} | dataclasses.asdict(verify(job.verify, storage_options=options))
 
 
 def _prepare(job: PrepareJob) -> dict[str, Any]:
@@ -265,7 +272,8 @@ def _prepare(job: PrepareJob) -> dict[str, Any]:
     return survey(
         job.input, model=_model(job), args=job.options, output=job.output, dry_run=job.dry_run,
         trust_remote_code=job.trust_remote_code, storage_options=job.storage_options,
-    ) | {"model": job.model}
+        wait_seconds=job.wait_for_workers,
+    ) | {"model": without_secrets(job.model)}
 
 
 class _Finished(Exception):

@@ -23,6 +23,7 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.exceptions import RayError, UserCodeException
 from ray.train import ScalingConfig
 
+from ray_qa import room
 from ray_qa.errors import OptionError, RayQAError, WorkError
 
 T = TypeVar("T")
@@ -33,6 +34,8 @@ _NO_NODES = "the cluster has no node with CPUs or GPUs yet; say how many workers
 MAX_INIT_DEATHS = 8
 
 _EXCEPTION_LINE = re.compile(r"^[\w.]*(?:Error|Exception|Interrupt|Died)\w*: .+$", re.MULTILINE)
+
+_COLOUR = re.compile(r"\x1b\[[\d;]*m")
 
 logger = logging.getLogger("ray_qa")
 
@@ -109,6 +112,11 @@ class Workers:
     def device(self) -> str:
         return "cuda" if self.use_gpu else "cpu"
 
+    @property
+    def each(self) -> dict[str, float]:
+        """What one of them takes of the cluster."""
+        return {"CPU": 1, "GPU": 1} if self.use_gpu else {"CPU": self.threads}
+
     def __str__(self) -> str:
         what = "GPU" if self.use_gpu else f"{self.threads}-thread CPU"
         return f"{self.num_workers} {what} worker{'s' if self.num_workers != 1 else ''}"
@@ -142,39 +150,53 @@ def resolve_precision(precision: str, device: str) -> str:
     return resolve(precision, device)
 
 
-def prediction_workers(scaling: ScalingConfig | None, *, at_most: int) -> Workers:
+def prediction_workers(
+    scaling: ScalingConfig | None, *, at_most: int, wait_seconds: float | None = None
+) -> Workers:
     """Workers for prediction: as ``scaling`` says, else one per GPU, else one-thread workers on every CPU.
 
     One thread each measured faster than few workers with many threads, and makes a result independent of
-    the machine's number of cores. ``at_most`` is the number of parts: more workers would stand idle.
+    the machine's number of cores. ``at_most`` is the number of parts: more workers would stand idle. See `room.check`
+    for ``wait_seconds``.
 
     Raises:
-        OptionError: GPUs are asked for and the cluster has none.
+        OptionError: the cluster can never hold these workers, or it is for the caller to say which.
     """
-    gpus = num_gpus()
     if scaling is None:
-        use_gpu = gpus > 0
-        threads = 1
-        wanted = gpus if use_gpu else sum(cpus_per_node())
+        _refuse_to_guess()
+        gpus = num_gpus()
+        found = Workers(max(1, min(gpus or sum(cpus_per_node()), at_most)), gpus > 0, 1)
     else:
         asked = workers_of(scaling)
-        use_gpu, threads, wanted = asked.use_gpu, asked.threads, asked.num_workers
-    if scaling is None and wanted < 1:
+        if asked.num_workers < 1:
+            raise OptionError(f"num_workers is {asked.num_workers}; allowed for prediction: a whole number at least 1")
+        found = Workers(max(1, min(asked.num_workers, at_most)), asked.use_gpu, asked.threads)
+    room.check(found.num_workers, found.each, wait_seconds=wait_seconds)
+    return found
+
+
+def wait_for_one(workers: Workers, wait_seconds: float | None = None) -> None:
+    """Wait until one worker of a prediction fits; the others join as they find room. See `room.wait`."""
+    room.wait(1, workers.each, wait_seconds)
+
+
+def wait_for_a_node(wait_seconds: float | None = None) -> None:
+    """Wait until a node takes work, for steps that take any CPU that there is. See `room.wait`."""
+    if not room.worker_nodes():
+        room.check(1, {"CPU": 1}, wait_seconds=wait_seconds)
+        room.wait(1, {"CPU": 1}, wait_seconds)
+
+
+def _refuse_to_guess() -> None:
+    """Nobody said which workers: refuse where the nodes that are there do not tell."""
+    more = room.growth()
+    if more is not None and more.has("GPU") and not num_gpus():
+        raise OptionError(
+            "the cluster has no GPU yet, and its autoscaler may add some: say which workers to wait for; allowed: "
+            "--num-workers N --use-gpu, or --num-workers N for CPUs"
+        )
+    if not room.worker_nodes():
         raise OptionError(_NO_NODES)
-    if wanted < 1:
-        raise OptionError(f"num_workers is {wanted}; allowed for prediction: a whole number at least 1")
-    if not cpus_per_node():
-        # A head without CPUs: its workers are still to be added.
-        logger.warning("the cluster has no worker node yet; waiting for room for %d workers", wanted)
-        return Workers(max(1, min(wanted, at_most)), use_gpu, threads)
-    if use_gpu and not gpus:
-        raise OptionError("use_gpu asks for GPUs and the cluster has none; allowed: use_gpu=False, or nodes with GPUs")
-    available = gpus if use_gpu else sum(cpus // threads for cpus in cpus_per_node())
-    if not available:
-        raise OptionError(f"a worker with {threads} CPUs fits on no node; the nodes have {cpus_per_node()} CPUs")
-    if scaling is not None and wanted > available:
-        logger.warning("%d workers were asked for; the cluster has room for %d at once", wanted, available)
-    return Workers(max(1, min(wanted, available, at_most)), use_gpu, threads)
 
 
 def _most_workers(scaling: ScalingConfig) -> int:
@@ -201,40 +223,43 @@ def scaling_of(
     if num_workers < 1:
         raise OptionError(
             f"num_workers is {num_workers}; allowed: at least 1 (the cluster has {num_gpus()} GPUs, and nodes of "
-            f"{cpus_per_node()} CPUs)"
+            f"{cpus_per_node()} CPUs; where nodes are still to be added, say how many workers to wait for)"
         )
     wanted = {"CPU": cpus_per_worker, "GPU": 1 if use_gpu else None}
     resources = {name: float(count) for name, count in wanted.items() if count is not None}
     return ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=resources or None)
 
 
-def _warn_of_waiting(scaling: ScalingConfig) -> None:
-    """Say so where a training will wait for nodes, perhaps for ever: its workers start together or not at all."""
-    resources = scaling.resources_per_worker if isinstance(scaling.resources_per_worker, dict) else {}
-    per_worker = {"CPU": 0 if scaling.use_gpu else 1, "GPU": 1 if scaling.use_gpu else 0} | resources
+def training_scaling(scaling: ScalingConfig | None, *, wait_seconds: float | None = None) -> ScalingConfig:
+    """``scaling``, else one worker per GPU, else one worker per node with all the node's CPUs.
+
+    Raises:
+        OptionError: the cluster can never hold these workers, or it is for the caller to say which.
+    """
+    if scaling is None:
+        _refuse_to_guess()
+        gpus, cpus = num_gpus(), cpus_per_node()
+        if gpus:
+            scaling = ScalingConfig(num_workers=gpus, use_gpu=True)
+        else:
+            scaling = ScalingConfig(num_workers=len(cpus), resources_per_worker={"CPU": min(cpus)})
+    count, worker = _fewest(scaling)
+    room.check(count, worker, wait_seconds=wait_seconds)
+    return scaling
+
+
+def wait_for_all(scaling: ScalingConfig, wait_seconds: float | None = None) -> None:
+    """Wait until all workers of a training fit: they start together or not at all. See `room.wait`."""
+    count, worker = _fewest(scaling)
+    strategy = scaling.placement_strategy
+    room.wait(count, worker, wait_seconds, strategy=strategy if isinstance(strategy, str) else "PACK")
+
+
+def _fewest(scaling: ScalingConfig) -> tuple[int, dict[str, float]]:
+    """The workers that a training cannot do without, and what each takes."""
     fewest = scaling.num_workers[0] if isinstance(scaling.num_workers, tuple) else scaling.num_workers
-    for name, total in (("CPU", sum(cpus_per_node())), ("GPU", num_gpus())):
-        amount = per_worker.get(name, 0)
-        needed = amount * fewest if isinstance(amount, (int, float)) and isinstance(fewest, int) else 0
-        if needed > total:
-            logger.warning(
-                "%d training workers need %g %ss, the cluster has %d; waiting for nodes to be added",
-                fewest, needed, name, total,
-            )
-
-
-def training_scaling(scaling: ScalingConfig | None) -> ScalingConfig:
-    """``scaling``, else one worker per GPU, else one worker per node with all the node's CPUs."""
-    if scaling is not None:
-        _warn_of_waiting(scaling)
-        return scaling
-    gpus = num_gpus()
-    if gpus:
-        return ScalingConfig(num_workers=gpus, use_gpu=True)
-    cpus = cpus_per_node()
-    if not cpus:
-        raise OptionError(_NO_NODES)
-    return ScalingConfig(num_workers=len(cpus), resources_per_worker={"CPU": min(cpus)})
+    resources: Any = scaling.resources_per_worker or ({"GPU": 1} if scaling.use_gpu else {"CPU": 1})
+    return (fewest, dict(resources)) if isinstance(fewest, int) and isinstance(resources, dict) else (0, {})
 
 
 def get(reference: ray.ObjectRef[T]) -> T:
@@ -264,10 +289,15 @@ def own_error(error: BaseException) -> BaseException:
         root = inner
     if isinstance(root, RayQAError):
         return root
-    # Ray Data may hide the cause in the text of the remote traceback: its last line that names an exception.
-    text = f"{type(root).__name__}: {root}\n{error}"
-    named = [line for line in _EXCEPTION_LINE.findall(text) if "UserCode" not in line]
-    return WorkError(f"a worker failed: {named[-1] if named else error}")
+    # Ray Data may hide the cause in the text of the remote traceback.
+    return WorkError(f"a worker failed: {last_error(f'{type(root).__name__}: {root}', str(error))}")
+
+
+def last_error(*texts: str) -> str:
+    """The last line of the texts that names an exception; the last text where none does."""
+    lines = _EXCEPTION_LINE.findall(_COLOUR.sub("", "\n".join(texts)))
+    named = [line for line in lines if "UserCode" not in line]
+    return named[-1] if named else texts[-1]
 
 
 def pack(value: Any) -> bytes:

@@ -32,6 +32,7 @@ from ray_qa import (
     comparison,
     golds,
     model_transfer,
+    preflight,
     reading,
     report,
     results,
@@ -130,7 +131,7 @@ def evaluate(
     input_paths: PathLike | Sequence[PathLike], *, model: ModelSource | PathLike,
     args: QAEvalArgs | Mapping[str, Any] | None = None, output_path: PathLike | None = None,
     scaling: ScalingConfig | None = None, trust_remote_code: bool = False, allow_untrained_head: bool = False,
-    storage_options: Mapping[str, object] | None = None, calibrate: bool = False,
+    storage_options: Mapping[str, object] | None = None, calibrate: bool = False, wait_seconds: float | None = None,
 ) -> Evaluation:
     """Loss, exact match and F1 of a model on CSV files with question, context and answer.
 
@@ -144,6 +145,7 @@ def evaluate(
         calibrate: also fit what turns scores into probabilities (see `calibration`) and write it to calibration.json,
             in ``output_path`` and beside a model that is a local folder; InputError, after all else is written, where
             there are too few rows for it.
+        wait_seconds: how long to wait for workers, see `room.wait`.
 
     Raises:
         BadRowsError: more rows than ``max_bad_rows`` have labels that cannot be used; lists the first ten.
@@ -156,7 +158,9 @@ def evaluate(
     code = _Trust(trust_remote_code, allow_untrained_head)
     model = _checked_model(model, args, code, storage_options)
     output = None if output_path is None else locate(output_path, storage_options=storage_options)
-    rows = _check_rows(input_paths, args, output, scaling, storage_options, not_beside=COMPARISON_NAME)
+    rows = _check_rows(
+        input_paths, args, output, scaling, storage_options, not_beside=COMPARISON_NAME, wait_seconds=wait_seconds
+    )
     return _evaluate(rows, model, code, output, calibrate=calibrate)[0]
 
 
@@ -164,7 +168,7 @@ def compare(
     input_paths: PathLike | Sequence[PathLike], *, models: tuple[ModelSource | PathLike, ModelSource | PathLike],
     output_path: PathLike, args: QAEvalArgs | Mapping[str, Any] | None = None, scaling: ScalingConfig | None = None,
     trust_remote_code: bool = False, allow_untrained_head: bool = False,
-    storage_options: Mapping[str, object] | None = None,
+    storage_options: Mapping[str, object] | None = None, wait_seconds: float | None = None,
 ) -> ComparedModels:
     """Two models on the same labelled rows: what the second gains over the first, and whether that may be chance.
 
@@ -184,7 +188,9 @@ def compare(
         raise OptionError(f"models names {len(models)} models; allowed: two")
     first, second = (_checked_model(model, args, code, storage_options) for model in models)
     output = locate(output_path, storage_options=storage_options)
-    rows = _check_rows(input_paths, args, output, scaling, storage_options, not_beside=FIGURES_NAME)
+    rows = _check_rows(
+        input_paths, args, output, scaling, storage_options, not_beside=FIGURES_NAME, wait_seconds=wait_seconds
+    )
     for name in (COMPARISON_REPORT_NAME, COMPARISON_NAME):
         (output / name).delete()
     _remove_details(output / DETAILS_NAME)
@@ -251,19 +257,25 @@ def _checked_model(
 def _check_rows(
     input_paths: PathLike | Sequence[PathLike], args: QAEvalArgs, output: Location | None,
     scaling: ScalingConfig | None, storage_options: Mapping[str, object] | None, *, not_beside: str,
+    wait_seconds: float | None,
 ) -> _Rows:
     """All that can be wrong with input, labels and folder is found here, before any work is done."""
     index = reading.index_input(
-        input_paths, required_columns=schema.TRAIN_COLUMNS, delimiter=args.delimiter, storage_options=storage_options
+        input_paths, required_columns=schema.TRAIN_COLUMNS, delimiter=args.delimiter, storage_options=storage_options,
+        wait_seconds=wait_seconds,
     )
     extra = _answers_column(index)
     with usable_folder(output):
         if output is not None:
             _refuse_other_output(output, not_beside)
+        cluster.connect()
+        workers = cluster.prediction_workers(scaling, at_most=index.num_parts, wait_seconds=wait_seconds)
+        cluster.wait_for_a_node(wait_seconds)
+        preflight.check_nodes(inputs=[file.location for file in index.files], outputs={"output": output})
         labels = check_label_rows(
             index, args.handle_impossible_answer, args.max_bad_rows, extra_columns=extra, quarantine=output
         )
-        workers = cluster.prediction_workers(scaling, at_most=index.num_parts)
+        cluster.wait_for_one(workers, wait_seconds)  # no GPU is asked for before the labels are known to be good
         precision = cluster.resolve_precision(args.precision, workers.device)
     shared = _find_shared(index, args, extra) if args.share_answers else None
     return _Rows(index, extra, labels, args, workers, precision, shared)

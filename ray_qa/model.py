@@ -237,7 +237,9 @@ def resolve_model(
     name = os.fspath(name_or_dir)
     directory = Path(name).expanduser()
     if "://" in name:
-        directory = _from_storage(locate(name, storage_options=storage_options), trust_remote_code=trust_remote_code)
+        folder = locate(name, storage_options=storage_options)
+        name = folder.uri
+        directory = _from_storage(folder, trust_remote_code=trust_remote_code)
     elif directory.is_dir():
         directory = directory.absolute()
     elif directory.exists():

@@ -27,7 +27,7 @@ import ray.data
 from ray.train import ScalingConfig
 
 import ray_qa
-from ray_qa import attempts, calibration, cluster, model_transfer, reading, results, schema
+from ray_qa import attempts, calibration, cluster, model_transfer, preflight, reading, results, schema
 from ray_qa.cluster import Workers
 from ray_qa.csv_file import Part
 from ray_qa.csv_index import CSVIndex
@@ -169,7 +169,7 @@ def predict(
     args: QATestArgs | Mapping[str, Any] | None = None, output_path: PathLike | None = None,
     scaling: ScalingConfig | None = None, overwrite: bool = False, trust_remote_code: bool = False,
     allow_untrained_head: bool = False, storage_options: Mapping[str, object] | None = None,
-    keep_columns: Sequence[str] = (), single_file: PathLike | None = None,
+    keep_columns: Sequence[str] = (), single_file: PathLike | None = None, wait_seconds: float | None = None,
 ) -> Prediction:
     """Answer every row of CSV files with the columns context and question.
 
@@ -181,6 +181,7 @@ def predict(
         overwrite: throw away another run's output in that folder.
         keep_columns: columns of the input that the Parquet files carry along, as strings.
         single_file: a Parquet file, outside of that folder, that becomes all parts in order.
+        wait_seconds: how long to wait for workers, see `room.wait`.
 
     With a calibrated model (a calibration.json in its folder, see `evaluation.evaluate`) the files in ``output_path``
     have the column ``probability``, and with ``min_probability`` or ``target_precision`` also ``abstain``. A
@@ -205,11 +206,13 @@ def predict(
     tokenizer, longest = load_tokenizer(model.directory, trust_remote_code=trust_remote_code)
     checked_window_maker(tokenizer, args, model_max_length=longest)
     index = reading.index_input(
-        input_paths, required_columns=schema.TEST_COLUMNS, delimiter=args.delimiter, storage_options=storage_options
+        input_paths, required_columns=schema.TEST_COLUMNS, delimiter=args.delimiter, storage_options=storage_options,
+        wait_seconds=wait_seconds,
     )
     keep = _checked_columns(index, keep_columns)
     cluster.connect()
-    workers = cluster.prediction_workers(scaling, at_most=max(1, index.num_parts))
+    workers = cluster.prediction_workers(scaling, at_most=max(1, index.num_parts), wait_seconds=wait_seconds)
+    cluster.wait_for_one(workers, wait_seconds)
     precision = cluster.resolve_precision(args.precision, workers.device)
     probabilities = probabilities_of(model, args, precision, to_files=output_path is not None)
     plan = _plan(index, model, args, precision, keep, probabilities)
@@ -219,7 +222,9 @@ def predict(
         probabilities=probabilities,
         trust_remote_code=trust_remote_code, allow_untrained_head=allow_untrained_head,
     )
+    inputs = [file.location for file in index.files]
     if output_path is None:
+        preflight.check_nodes(inputs=inputs)
         reading.check_records(index, schema.TEST_COLUMNS)
         _log_choices(index, 0, workers, precision, model.name)
         return _collect(job, index, workers, args.max_error_rows)
@@ -229,6 +234,7 @@ def predict(
             single_file, location, results.plan_hash(plan), overwrite=overwrite, storage_options=storage_options
         )
     with usable_folder(location), FolderLock(location) as lock:
+        preflight.check_nodes(inputs=inputs, outputs={"output": location})
         reading.check_records(index, schema.TEST_COLUMNS)
         done = write_parts(
             job, index, workers, location, plan, lock=lock, overwrite=overwrite, max_error_rows=args.max_error_rows,

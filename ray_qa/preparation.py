@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from ray_qa import cluster, schema
+from ray_qa import cluster, preflight, schema
 from ray_qa.bad_rows import refuse_bad_rows, write_quarantine
 from ray_qa.csv_index import CSVIndex
 from ray_qa.errors import BadRowsError, InputError
@@ -37,7 +37,7 @@ from ray_qa.labels import BadRow, LabelReport, check_labels
 from ray_qa.options import QATrainArgs, allowance
 from ray_qa.reading import index_input, map_parts
 from ray_qa.results import prove_tiling
-from ray_qa.storage import Location, PathLike, locate
+from ray_qa.storage import Location, PathLike, locate, usable_folder
 from ray_qa.windows import PairTemplate, WindowMaker, Windows
 
 if TYPE_CHECKING:
@@ -210,6 +210,11 @@ def content_key(index: CSVIndex, maker: WindowMaker, args: QATrainArgs) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
+def shard_name(first_row: int) -> str:
+    """The name of the shard that begins with this row: name order is CSV order."""
+    return f"shard-{first_row:012d}.arrow"
+
+
 def _published(folder: Location, key: str, maker: WindowMaker) -> Prepared | None:
     """What a finished preparation left, if every shard is there in full."""
     try:
@@ -217,6 +222,9 @@ def _published(folder: Location, key: str, maker: WindowMaker) -> Prepared | Non
     except FileNotFoundError:
         return None
     shards = tuple(Shard(**shard) for shard in manifest["shards"])
+    # Workers make files of these names: they are ours, whatever stands in the file.
+    if any(not isinstance(shard.first_row, int) or shard.name != shard_name(shard.first_row) for shard in shards):
+        return None
     sizes = {info.base_name: info.size for info in folder.list()}
     if any(sizes.get(shard.name) != shard.num_bytes for shard in shards):
         return None
@@ -278,7 +286,7 @@ class Survey:
 def survey(
     input_paths: PathLike | Sequence[PathLike], *, model: ModelSource | PathLike, args: QATrainArgs | None = None,
     output: PathLike | None = None, dry_run: bool = False, trust_remote_code: bool = False,
-    storage_options: Mapping[str, object] | None = None,
+    storage_options: Mapping[str, object] | None = None, wait_seconds: float | None = None,
 ) -> dict[str, Any]:
     """The label doctor and the plan of a training, without any training: asks for CPUs only.
 
@@ -287,6 +295,7 @@ def survey(
         model: whose tokenizer cuts the windows.
         output: a folder for `SURVEY_NAME` and the bad rows (see `bad_rows.write_quarantine`).
         dry_run: look at `SAMPLE_PARTS` parts, evenly spread, and reckon windows and steps for all rows from them.
+        wait_seconds: how long to wait for a node with CPUs, see `room.wait`.
 
     Returns:
         Counts by name. Those of labels, windows and lengths are over ``num_checked_rows``; ``estimated_windows`` and
@@ -296,7 +305,8 @@ def survey(
 
     args = QATrainArgs.of(args)
     index = index_input(
-        input_paths, required_columns=schema.TRAIN_COLUMNS, delimiter=args.delimiter, storage_options=storage_options
+        input_paths, required_columns=schema.TRAIN_COLUMNS, delimiter=args.delimiter, storage_options=storage_options,
+        wait_seconds=wait_seconds,
     )
     source = as_source(
         model, trust_remote_code=trust_remote_code, allow_untrained_head=True, storage_options=storage_options
@@ -307,8 +317,10 @@ def survey(
         model_max_length=longest,
     )
     folder = None if output is None else locate(output, storage_options=storage_options)
-    if folder is not None:
-        folder.make_folder()
+    with usable_folder(folder):
+        cluster.connect()
+        cluster.wait_for_a_node(wait_seconds)
+        preflight.check_nodes(inputs=[file.location for file in index.files], outputs={"output": folder})
     wanted = range(index.num_parts)
     if dry_run and index.num_parts > SAMPLE_PARTS:
         wanted = np.unique(np.linspace(0, index.num_parts - 1, SAMPLE_PARTS).astype(np.int64)).tolist()
@@ -410,7 +422,7 @@ def make_shard(plan: _Plan, table: pa.Table) -> tuple[Facts, int]:
     ``table`` holds the part's rows: row_index and `schema.TRAIN_COLUMNS`.
     """
     first_row = table.column(schema.ROW_INDEX)[0].as_py()
-    target = plan.folder / f"shard-{first_row:012d}.arrow"
+    target = plan.folder / shard_name(first_row)
     found = _read_facts(target, plan.key)
     if found is not None:
         return found

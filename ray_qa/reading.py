@@ -17,12 +17,12 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from ray_qa import cluster, storage
+from ray_qa import cluster, preflight, storage
 from ray_qa.csv_file import Part
 from ray_qa.csv_index import CSVIndex, index_csv
 from ray_qa.csv_parse import read_parts
 from ray_qa.errors import WorkError
-from ray_qa.storage import PathLike
+from ray_qa.storage import Location, PathLike
 
 CSV_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".csv.bz2", ".tsv.bz2", ".csv.zst", ".tsv.zst")
 
@@ -47,30 +47,36 @@ PARTS = "parts"
 def index_input(
     paths: PathLike | Sequence[PathLike], *, required_columns: Sequence[str], delimiter: str | None = None,
     part_rows: int | None = None, part_bytes: int | None = None,
-    storage_options: Mapping[str, object] | None = None,
+    storage_options: Mapping[str, object] | None = None, wait_seconds: float | None = None,
 ) -> CSVIndex:
     """Find the files and index them, large ones in parallel.
 
     Args:
         paths: a file, a folder, a glob, or a list of these; local or a URI.
+        wait_seconds: how long to wait for a node that takes work, where none is there; see `room.wait`.
 
     Raises:
-        InputError, CSVError: a file is missing or is not the CSV it should be.
+        InputError, CSVError: a file is missing or is not the CSV it should be; or a node does not see the same.
+        WorkError: there was no node in time.
     """
     locations = storage.expand(paths, suffixes=CSV_SUFFIXES, storage_options=storage_options)
     return index_csv(
         locations, required_columns=required_columns, delimiter=delimiter, part_rows=part_rows,
-        part_bytes=part_bytes, map_chunks=_map_on_cluster,
+        part_bytes=part_bytes, map_chunks=partial(_map_on_cluster, locations, wait_seconds),
     )
 
 
-def _map_on_cluster(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+def _map_on_cluster(
+    inputs: Sequence[Location], wait_seconds: float | None, function: Callable[[Any], Any], items: Sequence[Any]
+) -> Iterator[Any]:
     """``map`` whose calls run as Ray tasks, a bounded number at a time; results in order."""
     items = list(items)
     if len(items) <= _FEW_CHUNKS:
         yield from map(function, items)
         return
     cluster.connect()
+    cluster.wait_for_a_node(wait_seconds)
+    preflight.check_nodes(inputs=inputs)
     call = ray.remote(num_cpus=1)(function)
     waiting = iter(items)
     # One at least: where there is no CPU yet, a waiting task makes an autoscaler add a node.

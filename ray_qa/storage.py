@@ -6,6 +6,7 @@ the endpoint and the credentials that the caller gave, to any worker.
 
 from __future__ import annotations
 
+import configparser
 import contextlib
 import errno
 import glob as local_glob
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -43,7 +45,7 @@ def cache_home() -> Path:
 class Location:
     """A file or folder on some file system.
 
-    ``path`` is the path within ``filesystem``, ``uri`` what a person reads in messages.
+    ``path`` is the path within ``filesystem``, ``uri`` what a person reads in messages: without what is secret in it.
     """
 
     filesystem: pafs.FileSystem
@@ -199,8 +201,9 @@ def locate(path: PathLike, *, storage_options: Mapping[str, object] | None = Non
     `pyarrow.fs.S3FileSystem` (``endpoint_override``, ``access_key``, ...), for ``gs://`` those of
     `pyarrow.fs.GcsFileSystem`, else those of the fsspec file system. Local paths take none of them.
 
-    What the environment says of S3 (``AWS_ACCESS_KEY_ID``, ``AWS_REGION``, ``AWS_ENDPOINT_URL``, ...) is read here, and
-    travels inside the location: a worker need not have that environment.
+    What the environment and the files under ~/.aws say of S3 (``AWS_ACCESS_KEY_ID``, ``AWS_REGION``,
+    ``AWS_ENDPOINT_URL``, ...) is read here, and travels inside the location: a worker need not have it. Where they say
+    nothing, every node finds credentials as its S3 client does, such as those of its machine's role.
     """
     text = os.fspath(path)
     if not isinstance(text, str) or not text:
@@ -211,20 +214,57 @@ def locate(path: PathLike, *, storage_options: Mapping[str, object] | None = Non
     if scheme == "file":
         return Location(pafs.LocalFileSystem(), os.path.abspath(rest), text)
     options = dict(storage_options or {})
+    uri = without_secrets(text)
     try:
-        if scheme == "s3" and (options := _s3_options(rest, options)):
-            return Location(pafs.S3FileSystem(**options), rest.rstrip("/"), text)
+        if scheme == "s3":
+            rest, options = _s3_options(rest, options)
+            if options:
+                return Location(pafs.S3FileSystem(**options), rest.rstrip("/"), uri)
         if scheme in ("gs", "gcs") and options:
-            return Location(pafs.GcsFileSystem(**options), rest, text)
+            return Location(pafs.GcsFileSystem(**options), rest, uri)
         if scheme in ("s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss") and not options:
             filesystem, inner = pafs.FileSystem.from_uri(text)
-            return Location(filesystem, inner, text)
+            return Location(filesystem, inner, uri)
         import fsspec
 
         remote, inner = fsspec.url_to_fs(text, **options)
-        return Location(pafs.PyFileSystem(pafs.FSSpecHandler(remote)), inner, text)
+        return Location(pafs.PyFileSystem(pafs.FSSpecHandler(remote)), inner, uri)
     except (ValueError, TypeError, ImportError, OSError, pa.ArrowInvalid) as error:
-        raise OptionError(f"{text}: not a path or URI that can be opened ({error})") from error
+        why = str(error)
+        for secret in sorted(_secrets_of(text), key=len, reverse=True):
+            why = why.replace(secret, _MASK)
+        # Without the cause: its message may hold them too.
+        raise OptionError(f"{uri}: not a path or URI that can be opened ({why})") from None
+
+
+_MASK = "***"
+#: Parameters of URIs that may be read by everybody; the values of all others are masked.
+_OPEN_PARAMETERS = {
+    "region", "scheme", "endpoint_override", "allow_bucket_creation", "allow_bucket_deletion", "allow_delayed_open",
+    "retry_limit_seconds", "tls_ca_file_path",
+}
+
+
+def without_secrets(uri: str) -> str:
+    """``uri`` with credentials masked: for messages, logs and manifests."""
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        return uri
+    for secret in sorted(_secrets_of(uri), key=len, reverse=True):
+        rest = rest.replace(secret, _MASK, 1)
+    return f"{scheme}://{rest}"
+
+
+def _secrets_of(uri: str) -> set[str]:
+    """User and password, and the values of parameters that may be secret."""
+    rest, _, query = uri.partition("://")[2].partition("?")
+    authority, at, _ = rest.partition("/")[0].rpartition("@")
+    found = {authority} if at and authority else set()
+    for parameter in query.split("&"):
+        name, _, value = parameter.partition("=")
+        if value and name not in _OPEN_PARAMETERS:
+            found.add(value)
+    return found
 
 
 _S3_ENVIRONMENT = {
@@ -236,20 +276,33 @@ _S3_CREDENTIALS = {
 }
 
 
-def _s3_options(rest: str, given: Mapping[str, object]) -> dict[str, object]:
-    """``given``, completed from the environment; empty where both say nothing, or the URI says it (``?region=``)."""
+def _s3_options(rest: str, given: Mapping[str, object]) -> tuple[str, dict[str, object]]:
+    """Bucket and key of a URI (``rest`` of it), and ``given``, completed from it, the environment and ~/.aws.
+
+    The options are empty where all of these say nothing, or where the URI says it in parameters (``?region=``).
+    """
     if "=" in rest.partition("?")[2] and not given:
-        return {}
+        return rest, {}
     options = dict(given)
+    authority, slash, key = rest.partition("/")
+    told, at, bucket = authority.rpartition("@")
+    if at:
+        rest = bucket + slash + key
+        names = ("access_key", "secret_key")
+        options |= {name: unquote(value) for name, value in zip(names, told.split(":", 1), strict=False) if value}
+    profile = _aws_profile()
     for name, variables in _S3_ENVIRONMENT.items():
-        value = next((os.environ[variable] for variable in variables if os.environ.get(variable)), None)
+        value = next((os.environ[variable] for variable in variables if os.environ.get(variable)), profile.get(name))
         if name not in options and value is not None:
             options[name] = value
     # Someone who names an account, a role or nobody does not mean the account of the environment.
-    if not options.keys() & {*_S3_CREDENTIALS, "anonymous", "role_arn"} and os.environ.get("AWS_ACCESS_KEY_ID"):
-        options |= {name: os.environ[key] for name, key in _S3_CREDENTIALS.items() if os.environ.get(key)}
+    if not options.keys() & {*_S3_CREDENTIALS, "anonymous", "role_arn"}:
+        if os.environ.get("AWS_ACCESS_KEY_ID"):
+            options |= {name: os.environ[key] for name, key in _S3_CREDENTIALS.items() if os.environ.get(key)}
+        else:
+            options |= {name: profile[name] for name in _S3_CREDENTIALS if name in profile}
     if not options:
-        return {}
+        return rest, {}
     if "region" not in options:
         # Other stores than Amazon's mostly do not care; for Amazon the bucket's region is looked up.
         own = "endpoint_override" in options
@@ -258,7 +311,27 @@ def _s3_options(rest: str, given: Mapping[str, object]) -> dict[str, object]:
     if separator:
         options |= {"endpoint_override": host.rstrip("/"), "scheme": scheme}
     # Small files go up in one request; larger ones in several, and become visible with the last.
-    return {"allow_delayed_open": True} | options
+    return rest, {"allow_delayed_open": True} | options
+
+
+def _aws_profile() -> dict[str, str]:
+    """Keys, region and endpoint of the user's profile, where the files under ~/.aws hold them as plain values."""
+    name = os.environ.get("AWS_PROFILE") or "default"
+    places = (
+        ("AWS_CONFIG_FILE", "config", name if name == "default" else f"profile {name}"),
+        ("AWS_SHARED_CREDENTIALS_FILE", "credentials", name),
+    )
+    told: dict[str, str] = {}
+    for variable, file, section in places:
+        parser = configparser.ConfigParser(interpolation=None)
+        path = os.environ.get(variable) or os.path.join("~", ".aws", file)
+        with contextlib.suppress(OSError, UnicodeDecodeError, configparser.Error):
+            parser.read(os.path.expanduser(path), encoding="utf-8")
+        if parser.has_section(section):
+            told |= parser[section]
+    names = {name: _S3_CREDENTIALS[name].lower() for name in _S3_CREDENTIALS}
+    names |= {"region": "region", "endpoint_override": "endpoint_url"}
+    return {name: told[stored] for name, stored in names.items() if told.get(stored)}
 
 
 def expand(

@@ -31,9 +31,9 @@ import pyarrow.fs as pafs
 import ray
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
-from ray_qa import cluster, mailbox, model_transfer, schema
+from ray_qa import cluster, mailbox, model_transfer, preflight, schema
 from ray_qa.bad_rows import check_label_rows
 from ray_qa.batches import TrainingSampler, collate, rank_slice
 from ray_qa.csv_index import CSVIndex
@@ -45,6 +45,7 @@ from ray_qa.model_transfer import FinishedModel, SharedModel
 from ray_qa.options import AnswerOptions, CheckpointOptions, QATrainArgs
 from ray_qa.prediction import labelled_rows
 from ray_qa.preparation import Prepared, keep_bad_rows, prepare
+from ray_qa.process_group import NodeTorchConfig
 from ray_qa.progress import Progress
 from ray_qa.reading import index_input
 from ray_qa.storage import Location, PathLike, cache_home, locate, usable_folder
@@ -116,7 +117,7 @@ def train(
     output: PathLike | None = None, scaling: ScalingConfig | None = None,
     eval_paths: PathLike | Sequence[PathLike] | None = None, storage_path: PathLike | None = None,
     trust_remote_code: bool = False, checkpoints: CheckpointOptions | None = None,
-    storage_options: Mapping[str, object] | None = None,
+    storage_options: Mapping[str, object] | None = None, wait_seconds: float | None = None,
 ) -> TrainResult:
     """Fine-tune a model on labelled rows.
 
@@ -133,6 +134,7 @@ def train(
             home.
         checkpoints: when to save. With an ``output``, the same call goes on where a killed one was.
         storage_options: endpoint and credentials for URIs; see `storage.locate`.
+        wait_seconds: how long to wait for workers, see `room.wait`.
 
     Raises:
         InputError, BadRowsError, OptionError, ModelError, OutputError: before workers are started.
@@ -143,7 +145,7 @@ def train(
     with usable_folder(target):
         return _train_into(
             target, input_paths, model, args, scaling, eval_paths, storage_path, trust_remote_code, checkpoints,
-            storage_options,
+            storage_options, wait_seconds,
         )
 
 
@@ -151,19 +153,20 @@ def _train_into(
     target: Location | None, input_paths: PathLike | Sequence[PathLike], model: ModelSource | str,
     args: QATrainArgs, scaling: ScalingConfig | None, eval_paths: PathLike | Sequence[PathLike] | None,
     storage_path: PathLike | None, trust_remote_code: bool, checkpoints: CheckpointOptions | None,
-    storage_options: Mapping[str, object] | None,
+    storage_options: Mapping[str, object] | None, wait_seconds: float | None,
 ) -> TrainResult:
     from ray_qa.model import as_source, load_tokenizer
 
     started = time.monotonic()
     index = index_input(
-        input_paths, required_columns=schema.TRAIN_COLUMNS, delimiter=args.delimiter, storage_options=storage_options
+        input_paths, required_columns=schema.TRAIN_COLUMNS, delimiter=args.delimiter, storage_options=storage_options,
+        wait_seconds=wait_seconds,
     )
     eval_index = None
     if eval_paths is not None:
         eval_index = index_input(
             eval_paths, required_columns=schema.TRAIN_COLUMNS, delimiter=args.delimiter,
-            storage_options=storage_options,
+            storage_options=storage_options, wait_seconds=wait_seconds,
         )
     source = as_source(
         model, trust_remote_code=trust_remote_code, allow_untrained_head=True, storage_options=storage_options
@@ -181,18 +184,28 @@ def _train_into(
         model_max_length=model_max_length,
     )
     cluster.connect()
-    scaling = cluster.training_scaling(scaling)
+    scaling = cluster.training_scaling(scaling, wait_seconds=wait_seconds)
     device = "cuda" if scaling.use_gpu else "cpu"
-    precision = cluster.resolve_precision(args.precision, device)
+    cluster.wait_for_a_node(wait_seconds)
+    # The hardware decides what "auto" is, and GPUs may be still to come: none is asked for before the labels are good.
+    there = device == "cpu" or cluster.num_gpus() > 0
+    precision = cluster.resolve_precision(args.precision, device) if there else args.precision
     logger.info(
         "train: %d rows in %d parts; %s; precision %s; model %s",
         index.num_rows, index.num_parts, cluster.workers_of(scaling), precision, source.name,
     )
+    home = locate(cache_home() if storage_path is None else storage_path, storage_options=storage_options)
+    home.make_folder()
+    indexes = [index] if eval_index is None else [index, eval_index]
+    preflight.check_nodes(
+        inputs=[file.location for each in indexes for file in each.files],
+        outputs={"output": target, "storage_path (otherwise RAY_QA_HOME)": home},
+    )
     if eval_index is not None:
         check_label_rows(eval_index, args.handle_impossible_answer, args.max_bad_rows)
-    home = locate(cache_home() if storage_path is None else storage_path, storage_options=storage_options)
-    _check_shared(home)
     prepared = prepare(index, maker, args, home / "windows")
+    cluster.wait_for_all(scaling, wait_seconds)
+    precision = cluster.resolve_precision(precision, device)
     prepare_seconds = time.monotonic() - started
 
     if target is not None:
@@ -204,7 +217,7 @@ def _train_into(
     try:
         done = train_windows(
             prepared, source, args, scaling=scaling, precision=precision, trust_remote_code=trust_remote_code,
-            checkpoint_folder=folder, checkpoints=checkpoints, eval_index=eval_index,
+            checkpoint_folder=folder, checkpoints=checkpoints, eval_index=eval_index, home=home,
         )
     except BaseException:
         if target is None:
@@ -274,35 +287,6 @@ def _finished_in(target: Location, plan_hash: str) -> TrainResult | None:
     elif names:
         raise OutputError(f"{target.uri}: is not empty (found {', '.join(sorted(names)[:3])}); {allowed}")
     return None
-
-
-def _check_shared(home: Location) -> None:
-    """On several nodes a folder on a disk must be the same folder on each of them.
-
-    Raises:
-        OutputError: naming the nodes that do not see what the driver wrote.
-    """
-    home.make_folder()
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    if len(nodes) < 2 or not home.is_local:
-        return
-    probe = home / f"_probe.{uuid.uuid4().hex}"
-    probe.publish(b"ray_qa")
-    try:
-        look = ray.remote(num_cpus=0)(os.path.exists)
-        strategy = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
-        seen = ray.get([
-            look.options(scheduling_strategy=strategy(node["NodeID"], soft=False)).remote(probe.path)
-            for node in nodes
-        ])
-    finally:
-        probe.delete()
-    blind = [node["NodeManagerAddress"] for node, sees in zip(nodes, seen, strict=True) if not sees]
-    if blind:
-        raise OutputError(
-            f"{home.uri}: what the driver writes there is not seen on {', '.join(blind)}; allowed: a folder that "
-            "all nodes share, or an object store (storage_path, or the environment variable RAY_QA_HOME)"
-        )
 
 
 # --- the workers -------------------------------------------------------------------------------------
@@ -376,9 +360,11 @@ class _Listener:
 def train_windows(
     prepared: Prepared, source: ModelSource, args: QATrainArgs, *, scaling: ScalingConfig, precision: str,
     dtype: str = "float32", trust_remote_code: bool = False, checkpoint_folder: Location | None = None,
-    checkpoints: CheckpointOptions | None = None, eval_index: CSVIndex | None = None,
+    checkpoints: CheckpointOptions | None = None, eval_index: CSVIndex | None = None, home: Location | None = None,
 ) -> TrainedWindows:
     """Train on prepared windows; the model lies where `model_transfer.take_over` can fetch it.
+
+    ``home`` is a folder that all nodes see, for Ray Train's own files; None is the cache home.
 
     ``dtype`` is that of the weights ("float64" shows that a result does not depend on the workers). Without a
     ``checkpoint_folder`` nothing is saved, and the death of a worker ends the training.
@@ -393,20 +379,21 @@ def train_windows(
     )
     max_failures = checkpoints.max_failures if checkpoint_folder is not None else 0
     with contextlib.closing(_Listener()) as listener, mailbox.opened(listener) as told:
-        return _fit(dataclasses.replace(plan, mailbox=told), scaling, max_failures)
+        return _fit(dataclasses.replace(plan, mailbox=told), scaling, max_failures, home or locate(cache_home()))
 
 
-def _fit(plan: _WorkerPlan, scaling: ScalingConfig, max_failures: int) -> TrainedWindows:
-    storage = cache_home() / "runs"
+def _fit(plan: _WorkerPlan, scaling: ScalingConfig, max_failures: int, home: Location) -> TrainedWindows:
+    storage = home / "runs"
     name = f"run-{uuid.uuid4().hex}"
     trainer = TorchTrainer(
         _work,  # type: ignore[arg-type]  # what rank 0 returns is Result.return_value
         train_loop_config={"plan": plan}, scaling_config=scaling,
-        torch_config=TorchConfig(
+        torch_config=NodeTorchConfig(
             backend="nccl" if scaling.use_gpu else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S
         ),
         run_config=RunConfig(  # type: ignore[call-arg]  # mypy sees the class of Train V1
-            name=name, storage_path=str(storage), failure_config=FailureConfig(max_failures=max_failures),
+            name=name, storage_path=storage.path, storage_filesystem=storage.filesystem,
+            failure_config=FailureConfig(max_failures=max_failures),
             worker_runtime_env={"env_vars": dict(_CPU_WORKER_ENVIRONMENT)} if not scaling.use_gpu else None,
         ),
     )
@@ -415,7 +402,8 @@ def _fit(plan: _WorkerPlan, scaling: ScalingConfig, max_failures: int) -> Traine
     except ray.train.TrainingFailedError as error:
         raise _own_error(error) from error
     finally:
-        shutil.rmtree(storage / name, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            storage.filesystem.delete_dir((storage / name).path)
     done = result.return_value  # type: ignore[attr-defined]
     if isinstance(done, RayQAError):
         raise done
@@ -432,8 +420,8 @@ def _own_error(error: ray.train.TrainingFailedError) -> RayQAError:
         if isinstance(base, RayQAError):
             return base
     for rank, failure in sorted(failures.items()):
-        return WorkError(f"training failed on rank {rank}: {failure}")
-    return WorkError(f"training failed: {error}")
+        return WorkError(f"training failed on rank {rank}: {cluster.last_error(str(failure))}")
+    return WorkError(f"training failed: {cluster.last_error(str(error))}")
 
 
 def _work(config: dict[str, Any]) -> TrainedWindows | RayQAError | None:

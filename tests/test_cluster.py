@@ -22,14 +22,19 @@ def test_prediction_follows_a_scaling_config() -> None:
     scaling = ScalingConfig(num_workers=1, resources_per_worker={"CPU": 2})
     assert cluster.prediction_workers(scaling, at_most=100) == Workers(1, False, 2)
     many = ScalingConfig(num_workers=1000)
-    assert cluster.prediction_workers(many, at_most=1000).num_workers == sum(cluster.cpus_per_node())
+    cpus = sum(cluster.cpus_per_node())
+    assert cluster.prediction_workers(many, at_most=cpus).num_workers == cpus  # there is no work for more
 
 
 def test_what_the_cluster_cannot_give_is_refused() -> None:
-    with pytest.raises(OptionError, match="cluster has none"):
+    with pytest.raises(OptionError, match="1 worker with 1 CPU and 1 GPU can never be there"):
         cluster.prediction_workers(ScalingConfig(num_workers=1, use_gpu=True), at_most=1)
-    with pytest.raises(OptionError, match="fits on no node"):
+    with pytest.raises(OptionError, match="1 worker with 999 CPUs can never be there"):
         cluster.prediction_workers(ScalingConfig(num_workers=1, resources_per_worker={"CPU": 999}), at_most=1)
+    with pytest.raises(OptionError, match="1000 workers with 1 CPU each can never be there"):
+        cluster.prediction_workers(ScalingConfig(num_workers=1000), at_most=1000)
+    with pytest.raises(OptionError, match="2 workers with 999 CPUs each can never be there"):
+        cluster.training_scaling(ScalingConfig(num_workers=2, resources_per_worker={"CPU": 999}))
     with pytest.raises(OptionError, match="num_workers is 0"):
         cluster.scaling_of(0)
 
@@ -38,7 +43,7 @@ def test_training_takes_a_worker_per_node_with_all_its_cpus() -> None:
     scaling = cluster.training_scaling(None)
     assert scaling.num_workers == len(cluster.cpus_per_node())
     assert scaling.resources_per_worker == {"CPU": min(cluster.cpus_per_node())}
-    asked = ScalingConfig(num_workers=3)
+    asked = ScalingConfig(num_workers=len(cluster.cpus_per_node()))
     assert cluster.training_scaling(asked) is asked
 
 

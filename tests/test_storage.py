@@ -10,7 +10,7 @@ import pytest
 
 from ray_qa import storage
 from ray_qa.errors import InputError, OptionError, OutputError
-from ray_qa.storage import expand, locate, retry
+from ray_qa.storage import expand, locate, retry, without_secrets
 
 
 def test_publish_shows_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,3 +95,63 @@ def test_a_file_in_the_way_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="cannot be used as an output folder"):
         locate(tmp_path / "file" / "out").make_folder()
+
+
+SECRETS = {
+    "s3://key-1:pass%2Fword@bucket/rows.csv": "s3://***@bucket/rows.csv",
+    "s3://bucket/rows.csv?region=eu-1&secret_key=pass": "s3://bucket/rows.csv?region=eu-1&secret_key=***",
+    "https://host/rows.csv?sig=abc123&se=2030": "https://host/rows.csv?sig=***&se=***",
+    "ftp://user:pass@host/x": "ftp://***@host/x",
+    "s3://bucket/a?.csv": "s3://bucket/a?.csv",
+    "s3://bucket/user@host/x": "s3://bucket/user@host/x",
+    "/local/user:pass@x?y=z": "/local/user:pass@x?y=z",
+}
+
+
+@pytest.mark.parametrize("uri", SECRETS)
+def test_credentials_in_a_uri_are_masked(uri: str) -> None:
+    assert without_secrets(uri) == SECRETS[uri]
+
+
+def test_credentials_in_a_uri_are_used_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    location = locate("s3://key-1:pass%2Fword@bucket/folder/")
+    assert (location.path, location.uri) == ("bucket/folder", "s3://***@bucket/folder/")
+    same = locate("s3://bucket/folder", storage_options={"access_key": "key-1", "secret_key": "pass/word"})
+    assert location.filesystem.equals(same.filesystem)
+    for text in (repr(location), str(location / "x"), location.full_name):
+        assert "pass" not in text and "key-1" not in text
+    with pytest.raises(OptionError) as caught:
+        locate("nosuch://key-1:pass@bucket/x?token=t0k3n")
+    assert "nosuch://***@bucket/x?token=***" in str(caught.value)
+    assert "pass" not in str(caught.value) and caught.value.__cause__ is None
+
+
+def test_the_users_aws_files_travel_with_a_location(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain keys only: what needs the cloud's help (a role, single sign-on) is left to the S3 client of each node."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "credentials").write_text(
+        "[default]\naws_access_key_id = key-1\naws_secret_access_key = a%b/c\n"
+        "[other]\naws_access_key_id = key-2\naws_secret_access_key = s2\naws_session_token = t2\n"
+    )
+    (tmp_path / "config").write_text(
+        "[default]\nregion = eu-1\nendpoint_url = http://127.0.0.1:1\n[profile other]\nregion = eu-2\n"
+        "[profile sso]\nregion = eu-3\nsso_session = me\n"
+    )
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    plain = {"access_key": "key-1", "secret_key": "a%b/c", "region": "eu-1"}
+    assert storage._s3_options("b/x", {}) == (
+        "b/x", {"allow_delayed_open": True, "endpoint_override": "127.0.0.1:1", "scheme": "http"} | plain
+    )
+    monkeypatch.setenv("AWS_PROFILE", "other")
+    found = storage._s3_options("b/x", {})[1]
+    assert (found["access_key"], found["session_token"], found["region"]) == ("key-2", "t2", "eu-2")
+    assert "access_key" not in storage._s3_options("b/x", {"anonymous": True})[1]
+    monkeypatch.setenv("AWS_PROFILE", "sso")
+    assert storage._s3_options("b/x", {})[1] == {"allow_delayed_open": True, "region": "eu-3"}
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    assert storage._s3_options("b/x", {}) == ("b/x", {})
