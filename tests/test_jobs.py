@@ -141,3 +141,19 @@ def test_a_bad_job_ends_with_code_2(head: dict[str, str], tiny_model: Path, tmp_
 def test_without_the_token_a_submission_is_refused(head: dict[str, str]) -> None:
     done = submit(head | {"RAY_AUTH_TOKEN": "0" * 32}, "jobs.eval", "--help")
     assert done.returncode != 0 and "Authentication failed" in done.stderr
+
+
+def test_what_a_submission_uploads(tmp_path: Path) -> None:
+    """Ray's own packing of the working folder: the code, and neither history nor environments nor results."""
+    import zipfile
+
+    from ray._private.runtime_env.packaging import create_package
+
+    package = tmp_path / "package.zip"
+    create_package(str(REPOSITORY), package, include_gitignore=True, excludes=[])
+    with zipfile.ZipFile(package) as opened:
+        names = opened.namelist()
+    assert {"jobs/train.py", "ray_qa/cli.py"} <= set(names)
+    tops = {name.split("/")[0] for name in names}
+    assert not tops & {".git", ".venv", "tests", "docs", "demo-output", ".hypothesis", ".mypy_cache"}, tops
+    assert package.stat().st_size < 5 << 20  # Ray's limit is 500 MiB, at the dashboard of the head
