@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint slow bench install clean
+.PHONY: demo test lint slow cluster bench audit install clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -24,6 +24,16 @@ lint: $(STAMP)
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# Several hosts as namespaces of this machine: needs root, and Debian's openssh-server, rsync and iproute2.
+cluster: $(STAMP)
+	$(BIN)/python -m pytest -m slow tests/cluster
+
+# Known holes in the tested set; asks PyPI, from an environment of its own.
+audit:
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet pip-audit
+	build/audit/bin/pip-audit --disable-pip --no-deps --requirement constraints.txt
 
 bench: $(STAMP)
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
