@@ -7,7 +7,6 @@ import importlib
 import subprocess
 import sys
 import types
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -107,20 +106,3 @@ def test_jobs_are_shims() -> None:
         assert modules <= {"ray_qa.cli", "__future__"}, shim.name
         assert not [node for node in imports if isinstance(node, ast.Import) if node.names[0].name != "sys"]
         assert len(tree.body) <= 5, shim.name
-
-
-def test_wheel_holds_the_package_alone(tmp_path: Path) -> None:
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path],
-        cwd=REPOSITORY,
-        check=True,
-        capture_output=True,
-    )
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-        (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]
-        assert "ray-qa = ray_qa.cli:main" in archive.read(entry_points).decode()
-    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"ray_qa"}
-    assert "ray_qa/py.typed" in names
-    assert {f"ray_qa/{module}.py" for module in MODULES} <= set(names)
