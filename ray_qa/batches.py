@@ -86,6 +86,13 @@ def split_by_tokens(lengths: IntArray, tokens_per_batch: int) -> list[IntArray]:
     return batches
 
 
+def padded_width(longest: int, pad_to_multiple: int, at_most: int | None = None) -> int:
+    """Tokens of each row of a batch whose longest window has ``longest``: the next multiple, but never more than
+    ``at_most`` (what the model takes) for the sake of padding."""
+    width = -(-longest // pad_to_multiple) * pad_to_multiple
+    return width if at_most is None else max(longest, min(width, at_most))
+
+
 def collate(
     windows: WindowArrays,
     indices: IntArray,
@@ -94,8 +101,9 @@ def collate(
     *,
     with_labels: bool = False,
     pad_to_multiple: int = 1,
+    at_most: int | None = None,
 ) -> dict[str, npt.NDArray[np.int64]]:
-    """The arrays of one batch, int64: [windows, longest], labels [windows].
+    """The arrays of one batch, int64: [windows, `padded_width`], labels [windows].
 
     Keys: input_ids, attention_mask; token_type_ids where the tokenizer emits them; start_positions and
     end_positions with ``with_labels``. Row i of every array is window ``indices[i]``.
@@ -103,8 +111,7 @@ def collate(
     indices = np.asarray(indices, dtype=np.int64)
     begin = windows.splits[indices]
     lengths = windows.splits[indices + 1] - begin
-    width = int(lengths.max(initial=0))
-    width = -(-width // pad_to_multiple) * pad_to_multiple
+    width = padded_width(int(lengths.max(initial=0)), pad_to_multiple, at_most)
     column = np.arange(width)
     real = column < lengths[:, None]
     source = np.where(real, begin[:, None] + column, 0)

@@ -23,10 +23,17 @@ import pyarrow.compute as pc
 import torch
 
 from ray_qa import schema
-from ray_qa.batches import collate, split_by_tokens
+from ray_qa.batches import collate, padded_width, split_by_tokens
 from ray_qa.errors import OptionError, WorkError
 from ray_qa.labels import check_inputs
-from ray_qa.model import QAModel, default_tokens_per_batch, is_out_of_memory, to_device, window_losses
+from ray_qa.model import (
+    QAModel,
+    default_tokens_per_batch,
+    is_out_of_memory,
+    padding_multiple,
+    to_device,
+    window_losses,
+)
 from ray_qa.options import AnswerOptions, ModelOptions
 from ray_qa.spans import BatchSpans, best_spans, best_window, merge_spans, null_scores
 from ray_qa.windows import WindowMaker, Windows
@@ -172,6 +179,9 @@ class Engine:
             qa_model.tokenizer, self.options, model_max_length=qa_model.model_max_length
         )
         self.tokens_per_batch = self.options.tokens_per_batch or default_tokens_per_batch(qa_model.device)
+        self._padding = {
+            "pad_to_multiple": padding_multiple(qa_model.device), "at_most": qa_model.model_max_length,
+        }
 
     def windows(self, table: pa.Table, *, with_labels: bool = False) -> Windows:
         """The windows of a table's rows; see `make_windows`."""
@@ -257,7 +267,7 @@ class Engine:
         num_padded = 0
         while pending:
             indices = pending.popleft()
-            size = len(indices) * int(lengths[indices].max())
+            size = len(indices) * padded_width(int(lengths[indices].max()), **self._padding)
             batch = None
             try:
                 batch = self._batch(windows, indices, top_k, with_loss, places)
@@ -286,7 +296,7 @@ class Engine:
     ) -> tuple[BatchSpans, torch.Tensor | None]:
         """Best spans and losses of one batch of windows, left on the device."""
         template, device = self.maker.template, self.qa_model.device
-        batch = collate(windows, indices, template, template.pad_token_id, with_labels=with_loss)
+        batch = collate(windows, indices, template, template.pad_token_id, with_labels=with_loss, **self._padding)
         start_logits, end_logits = self.qa_model.forward(batch)
         loss = None
         if with_loss:

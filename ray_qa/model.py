@@ -38,7 +38,9 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from ray_qa.bf16 import cast_to_bf16
 from ray_qa.errors import ModelError, OptionError
+from ray_qa.fused_layers import FusedLinear, can_fuse, fuse
 from ray_qa.storage import Location, cache_home, locate
 
 HEAD_SEED = 42
@@ -179,9 +181,14 @@ def _cpu_multiplies_bf16() -> bool:
     return any(getattr(torch.cpu, check)() for check in checks if hasattr(torch.cpu, check))
 
 
-def default_attention(device: torch.device) -> str:
-    """The attention implementation that measured fastest: "eager" on CPUs, "sdpa" elsewhere."""
-    return "eager" if device.type == "cpu" else "sdpa"
+def default_attention(device: torch.device, *, for_training: bool = False) -> str:
+    """The attention implementation that measured fastest: "eager" in training on CPUs (dropout), else "sdpa"."""
+    return "eager" if device.type == "cpu" and for_training else "sdpa"
+
+
+def padding_multiple(device: str | torch.device) -> int:
+    """Windows of a batch are padded to a multiple of this many tokens: what attention on this kind of device likes."""
+    return 16 if torch.device(device).type == "cpu" else 8
 
 
 def default_tokens_per_batch(device: str | torch.device, training: bool = False) -> int:
@@ -488,7 +495,7 @@ def load_model(
 ) -> QAModel:
     """Build the model and tokenizer that lie in ``directory`` and check that they can be used.
 
-    For prediction weights are held in the precision they run in, but for the small head, which stays fp32. With
+    For prediction weights are held in the precision they run in, but for the small ones that `bf16` names. With
     ``for_training`` weights are fp32, bf16 means autocast, the model is in training mode, and a missing head
     is made (from a fixed seed); otherwise ``allow_untrained_head`` must ask for that.
 
@@ -501,7 +508,7 @@ def load_model(
     precision = resolve_precision(precision, device)
     tokenizer, model_max_length = load_tokenizer(directory, trust_remote_code=trust_remote_code)
     model = _build(
-        directory, attn_implementation or default_attention(device), trust_remote_code,
+        directory, attn_implementation or default_attention(device, for_training=for_training), trust_remote_code,
         may_lack_head=for_training or allow_untrained_head,
     )
     model.to(device)  # type: ignore[arg-type]
@@ -512,7 +519,9 @@ def load_model(
     _check_architecture(loaded)
     loaded.precision = precision
     if precision == "bf16":
-        loaded.autocast_bf16 = for_training or not _cast_to_bf16(loaded)
+        loaded.autocast_bf16 = for_training or not _hold_in_bf16(loaded)
+    if not for_training and not loaded.autocast_bf16 and device.type == "cpu":
+        _fuse(loaded)
     model.train(for_training)
     return loaded
 
@@ -520,7 +529,13 @@ def load_model(
 def save_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, directory: str | os.PathLike[str]
 ) -> None:
-    """Write weights (safetensors), configuration and tokenizer to a folder that `load_model` can read."""
+    """Write weights (safetensors), configuration and tokenizer to a folder that `load_model` can read.
+
+    Raises:
+        ValueError: the model was loaded to answer only, with its layers fused.
+    """
+    if any(isinstance(module, FusedLinear) for module in model.modules()):
+        raise ValueError("a model whose layers are fused cannot be saved; load it with for_training=True")
     with _quiet():
         model.save_pretrained(os.fspath(directory))
         tokenizer.save_pretrained(os.fspath(directory))
@@ -600,35 +615,42 @@ def _forward_names(model: PreTrainedModel) -> frozenset[str]:
     return frozenset(inspect.signature(model.forward).parameters)
 
 
-def _cast_to_bf16(loaded: QAModel) -> bool:
-    """Hold weights in bf16, but for the head; False (and fp32 again) where the architecture cannot run so.
-
-    Buffers stay as they are (rotary frequencies lose positions in bf16). The head's few products are taken
-    in fp32: a logit rounded to 8 bits would tie many spans.
-    """
+def _hold_in_bf16(loaded: QAModel) -> bool:
+    """Hold weights in bf16; False (and fp32 as before) where the architecture cannot run so."""
     model = loaded.model
     last = "classifier" if model.config.model_type in _CLASSIFIER_HEADS else "qa_"
-    heads = [(name, child) for name, child in model.named_children() if name.startswith(last)]
-    if len(heads) != 1:
-        return False
-    head_name, head = heads[0]
-    original = {name: parameter.data for name, parameter in model.named_parameters()}
-    for name, parameter in model.named_parameters():
-        if not name.startswith(f"{head_name}."):
-            parameter.data = parameter.data.to(torch.bfloat16)
-    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
-    try:
+    heads = [child for name, child in model.named_children() if name.startswith(last)]
+    embeddings = getattr(model.base_model, "embeddings", None)
+
+    def works() -> bool:
         with torch.inference_mode():
-            start, _ = loaded.forward(_probe_batch(loaded, [12]))
-        if bool(torch.isfinite(start).all()):
-            return True
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-    hook.remove()
-    for name, parameter in model.named_parameters():
-        parameter.data = original[name]
-    return False
+            return bool(torch.isfinite(loaded.forward(_probe_batch(loaded, [12]))[0]).all())
+
+    return len(heads) == 1 and cast_to_bf16(
+        model, heads[0], embeddings if isinstance(embeddings, torch.nn.Module) else None, works
+    )
+
+
+def _fuse(loaded: QAModel) -> None:
+    """Fuse the model's layers, where this machine can and the logits of a batch stay what they are."""
+    if not can_fuse(torch.bfloat16 if loaded.precision == "bf16" else torch.float32):
+        return
+    batch = _probe_batch(loaded, [12, min(24, loaded.model_max_length)])
+    with torch.inference_mode():
+        before = loaded.forward(batch)
+        undo = fuse(loaded.model)
+        try:
+            after = loaded.forward(batch)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            undo()
+            return
+    tolerance = 1e-3 if loaded.precision == "fp32" else 0.1
+    for one, other in zip(before, after, strict=True):
+        if not float((one - other).abs().max()) <= tolerance * max(float(one.abs().max()), 1.0):
+            undo()
+            return
 
 
 def _probe_batch(loaded: QAModel, lengths: Sequence[int]) -> dict[str, torch.Tensor]:

@@ -372,7 +372,7 @@ def test_batching_does_not_change_answers(loaded):
         )
         for budget in (1, 130, 100_000)
     ]
-    assert outputs[0].padding_share == 0 < outputs[2].padding_share
+    assert 0 < outputs[0].padding_share < outputs[2].padding_share  # a multiple of 16 tokens, on a CPU
     for other in outputs[1:]:
         for ours, theirs in zip(outputs[0].predictions.to_pylist(), other.predictions.to_pylist(), strict=True):
             assert ours["answer"] == theirs["answer"]
@@ -409,7 +409,7 @@ def test_out_of_memory_halves_the_budget_and_loses_no_row(loaded):
     assert halved.loss_sum == pytest.approx(whole.loss_sum, rel=1e-5)
     assert engine.tokens_per_batch <= 260 and max(small.sizes) > 60
     small.tokens = 10
-    with pytest.raises(WorkError, match="single window of 60 tokens"):
+    with pytest.raises(WorkError, match="single window of 64 tokens"):
         engine.answer(table)
 
 

@@ -169,12 +169,21 @@ def test_a_hub_cache_on_disk_is_enough(bert_folder, monkeypatch, tmp_path):
 
 
 def test_saved_models_load_as_they_were(folder, tmp_path):
-    first = load_model(folder, device="cpu", precision="fp32")
+    first = load_model(folder, device="cpu", precision="fp32", for_training=True)
     save_model(first.model, first.tokenizer, tmp_path / "again")
-    again = load_model(resolve_model(tmp_path / "again").directory, device="cpu", precision="fp32")
+    again = load_model(
+        resolve_model(tmp_path / "again").directory, device="cpu", precision="fp32", for_training=True
+    )
     state = first.model.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in again.model.state_dict().items())
     assert not list((tmp_path / "again").glob("*.bin"))
+
+
+def test_models_that_only_answer_are_not_saved(folder, tmp_path):
+    loaded = load_model(folder, device="cpu", precision="fp32")
+    with pytest.raises(ValueError, match="cannot be saved"):
+        save_model(loaded.model, loaded.tokenizer, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 def test_weights_stored_in_half_precision_are_held_in_fp32(folder):
