@@ -69,9 +69,14 @@ class Probabilities:
     min_probability: float | None = None
 
     def add_to(self, predictions: pa.Table) -> pa.Table:
-        """A table with schema `schema.PREDICTIONS` and the columns ``probability`` (null where the row has an error)
-        and, with ``min_probability``, ``abstain``; answers stay as they are."""
+        """A table with schema `schema.PREDICTIONS` or `schema.RANKED_PREDICTIONS` and the columns ``probability`` (null
+        where the row has an error) and, with ``min_probability``, ``abstain``; answers stay as they are.
+
+        What was fitted are best answers: lines of another rank have no probability, and abstain.
+        """
         known = predictions["error"].is_null().to_numpy()
+        if schema.RANK in predictions.column_names:
+            known = known & (predictions[schema.RANK].to_numpy() == 0)
         probability = self.calibration.probability(predictions["score"].to_numpy().astype(np.float64))
         table = predictions.append_column(schema.PROBABILITY, pa.array(probability, mask=~known))
         if self.min_probability is None:

@@ -41,9 +41,6 @@ from ray_qa.windows import WindowMaker, Windows
 IntArray = npt.NDArray[np.integer[Any]]
 FloatArray = npt.NDArray[np.floating[Any]]
 
-#: `schema.PREDICTIONS` with the rank of an answer (0 is the best), for ``top_k > 1``.
-RANKED_PREDICTIONS = schema.PREDICTIONS.insert(1, pa.field("rank", pa.int32(), nullable=False))
-
 # Scripts written without spaces between words. Where a tokenizer's "word" holds one of these, it is a clause or a
 # whole sentence, and an answer is not widened to it.
 _UNSPACED = np.array(
@@ -71,7 +68,7 @@ class EngineOutput:
     """Answers, and losses where they were asked for, of one table of rows.
 
     ``predictions`` has schema `schema.PREDICTIONS` and one entry per row in the table's order, or
-    `RANKED_PREDICTIONS` and up to ``top_k`` entries per row. ``loss_sum`` (float64 [rows]) adds up the losses
+    `schema.RANKED_PREDICTIONS` and up to ``top_k`` entries per row. ``loss_sum`` (float64 [rows]) adds up the losses
     of a row's ``num_windows`` (int64 [rows]) windows; it is None without ``with_loss``. ``num_tokens`` of
     ``num_padded_tokens`` that went through the model were no padding; identical rows go through it once.
     ``null_score`` (float64 [rows]) is the probability of "no answer", NaN where a row has no windows;
@@ -515,14 +512,14 @@ def _predictions(
         reasons[entry] = errors.get(at) or errors.get(int(first[at])) or "no answer was found in this row"
     columns = {
         schema.ROW_INDEX: table.column(schema.ROW_INDEX).take(pa.array(row)).cast(pa.int64()),
-        "rank": pa.array(position.astype(np.int32)),
+        schema.RANK: pa.array(position.astype(np.int32)),
         "answer": pa.array(_slices(table.column(schema.CONTEXT), row, start, end, found), pa.string()),
         "score": pa.array(column(answers.score).astype(np.float32)),
         "start": pa.array(start),
         "end": pa.array(end),
         "error": pa.array(reasons, pa.string()),
     }
-    target = RANKED_PREDICTIONS if ranked else schema.PREDICTIONS
+    target = schema.RANKED_PREDICTIONS if ranked else schema.PREDICTIONS
     return pa.Table.from_arrays([columns[name] for name in target.names], schema=target)
 
 

@@ -60,8 +60,7 @@ def can_fuse(dtype: torch.dtype) -> bool:
 def fuse(model: nn.Module) -> Callable[[], None]:
     """Replace the linear layers of a model in place; what it gives undoes that.
 
-    Until then the model can be neither trained nor saved. Layers that have hooks or are of a class of their own are left
-    alone.
+    Until then the model can be neither trained nor saved. Layers with hooks or of a class of their own are left alone.
     """
     replaced: list[tuple[nn.Module, str, nn.Module]] = []
 

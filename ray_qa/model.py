@@ -38,9 +38,11 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from ray_qa import padding_free
 from ray_qa.bf16 import cast_to_bf16
 from ray_qa.errors import ModelError, OptionError
 from ray_qa.fused_layers import FusedLinear, can_fuse, fuse
+from ray_qa.padding_free import Packing
 from ray_qa.storage import Location, cache_home, locate
 
 HEAD_SEED = 42
@@ -96,6 +98,8 @@ class QAModel:
     precision: str
     model_max_length: int
     autocast_bf16: bool = False
+    padding_free: bool = False
+    """Whether windows go through the model end to end, without padding; see `padding_free`."""
     forward_names: frozenset[str] = field(default_factory=frozenset)
 
     def inputs(self, batch: Mapping[str, np.ndarray[Any, Any] | torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -124,9 +128,29 @@ class QAModel:
 
         Takes what `batches.collate` makes. Gradients flow unless the caller switched them off.
         """
+        if self.padding_free:
+            return self._forward_packed(batch)
         with self.autocast():
             output = self.model(**self.inputs(batch))
         return output.start_logits.float(), output.end_logits.float()
+
+
+    def _forward_packed(
+        self, batch: Mapping[str, np.ndarray[Any, Any] | torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        packing = Packing.of(np.asarray(batch["attention_mask"]))
+        first = 0
+        if self.model.config.model_type in _POSITIONS_AFTER_PADDING:
+            first = (self.model.config.pad_token_id or 0) + 1
+        inputs: dict[str, torch.Tensor] = {
+            name: to_device(np.asarray(batch[name]).reshape(1, -1)[:, packing.flat], self.device)
+            for name in ("input_ids", "token_type_ids") if name in batch and name in self.forward_names
+        }
+        inputs["position_ids"] = to_device((packing.position + first)[None], self.device)
+        output = self.model(**inputs, **packing.options(self.device))
+        flat = to_device(packing.flat, self.device)
+        start, end = output.start_logits[0].float(), output.end_logits[0].float()
+        return packing.unpack(start, flat), packing.unpack(end, flat)
 
 
 def window_losses(
@@ -520,8 +544,11 @@ def load_model(
     loaded.precision = precision
     if precision == "bf16":
         loaded.autocast_bf16 = for_training or not _hold_in_bf16(loaded)
-    if not for_training and not loaded.autocast_bf16 and device.type == "cpu":
-        _fuse(loaded)
+    if not for_training and not loaded.autocast_bf16:
+        if device.type == "cpu":
+            _fuse(loaded)
+        elif precision == "bf16" and padding_free.is_available(device):
+            without_padding(loaded)
     model.train(for_training)
     return loaded
 
@@ -631,6 +658,39 @@ def _hold_in_bf16(loaded: QAModel) -> bool:
     )
 
 
+def without_padding(loaded: QAModel) -> bool:
+    """Let windows go through the model without padding, where their logits stay what they are; whether they do."""
+    if "position_ids" not in loaded.forward_names:
+        return False
+    batch = _probe_batch(loaded, [12, 7, min(24, loaded.model_max_length)])
+    real = batch["attention_mask"].bool().to(loaded.device)
+    attention = None
+    try:
+        with torch.inference_mode():
+            before = loaded.forward(batch)
+            attention = padding_free.switch_on(loaded.model)
+            loaded.padding_free = True
+            after = loaded.forward(batch)
+        if _are_close(loaded, [one[real] for one in before], [one[real] for one in after]):
+            return True
+    except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+        if is_out_of_memory(error):
+            raise
+    loaded.padding_free = False
+    if attention is not None:
+        loaded.model.set_attn_implementation(attention)
+    return False
+
+
+def _are_close(loaded: QAModel, before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> bool:
+    """Whether logits differ by no more than another order of the same sums explains."""
+    tolerance = 1e-3 if loaded.precision == "fp32" else 0.1
+    return all(
+        float((one - other).abs().max()) <= tolerance * max(float(one.abs().max()), 1.0)
+        for one, other in zip(before, after, strict=True)
+    )
+
+
 def _fuse(loaded: QAModel) -> None:
     """Fuse the model's layers, where this machine can and the logits of a batch stay what they are."""
     if not can_fuse(torch.bfloat16 if loaded.precision == "bf16" else torch.float32):
@@ -646,11 +706,8 @@ def _fuse(loaded: QAModel) -> None:
                 raise
             undo()
             return
-    tolerance = 1e-3 if loaded.precision == "fp32" else 0.1
-    for one, other in zip(before, after, strict=True):
-        if not float((one - other).abs().max()) <= tolerance * max(float(one.abs().max()), 1.0):
-            undo()
-            return
+    if not _are_close(loaded, before, after):
+        undo()
 
 
 def _probe_batch(loaded: QAModel, lengths: Sequence[int]) -> dict[str, torch.Tensor]:

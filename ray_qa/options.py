@@ -183,6 +183,9 @@ def answer_options(options: AnswerOptions) -> dict[str, Any]:
 class QATestArgs(AnswerOptions):
     """Options of test()."""
 
+    top_k: Annotated[int, AtLeastOne] = 1
+    """Answers per row at most; above 1 files have a line per (row_index, rank), and results a list per row."""
+
     max_error_rows: Annotated[float, NotNegative] = 0.01
     """Rows that may end in an error: a share when below 1, else a count; beyond it the job ends with code 3."""
 

@@ -38,7 +38,6 @@ from ray_qa.model_transfer import SharedModel
 from ray_qa.options import AnswerOptions, QATestArgs, allowance, answer_options
 from ray_qa.progress import Progress
 from ray_qa.results import PartFile, ResultFolder
-from ray_qa.schema import QuestionAnsweringResult
 from ray_qa.storage import Location, PathLike, locate, usable_folder
 
 if TYPE_CHECKING:  # torch and transformers are slow to import; a cluster's driver may do without
@@ -58,7 +57,7 @@ _RUNS_OF_WORKER = 16
 _OPTIONS_WITHOUT_EFFECT = {"precision", "tokens_per_batch", "max_error_rows", "max_bad_rows"}
 
 #: Names that input columns cannot have when they are carried along.
-RESERVED_COLUMNS = (*schema.PREDICTIONS.names, "rank", schema.PROBABILITY.name, schema.ABSTAIN.name)
+RESERVED_COLUMNS = (*schema.RANKED_PREDICTIONS.names, schema.PROBABILITY.name, schema.ABSTAIN.name)
 
 Reducer = Callable[[Part, pa.Table, "EngineOutput"], Any]
 
@@ -73,6 +72,7 @@ class Job:
     precision: str
     device: str
     threads: int
+    top_k: int = 1
     trust_remote_code: bool = False
     allow_untrained_head: bool = False
     folder: ResultFolder | None = None
@@ -146,11 +146,12 @@ class RunStatistics:
 class Prediction:
     """A finished prediction run.
 
-    ``answers`` holds one result per row in CSV order: a list, or a lazy sequence over the files in
-    ``output_path``. ``statistics`` count this run's own work, ``num_resumed_rows`` were found done.
+    ``answers`` holds one result per row in CSV order, with ``top_k > 1`` a list of results per row: a list, or a lazy
+    sequence over the files in ``output_path``. ``statistics`` count this run's own work, ``num_resumed_rows`` were
+    found done.
     """
 
-    answers: Sequence[QuestionAnsweringResult]
+    answers: Sequence[results.RowAnswers]
     num_rows: int
     num_errors: int
     num_parts: int
@@ -218,7 +219,7 @@ def predict(
     plan = _plan(index, model, args, precision, keep, probabilities)
     job = Job(
         index=ray.put(index), model=model_transfer.share_directory(model.directory, model.digest), options=args,
-        precision=precision, device=workers.device, threads=workers.threads, extra_columns=keep,
+        precision=precision, device=workers.device, threads=workers.threads, top_k=args.top_k, extra_columns=keep,
         probabilities=probabilities,
         trust_remote_code=trust_remote_code, allow_untrained_head=allow_untrained_head,
     )
@@ -558,17 +559,20 @@ class PredictionWorker:
     def _engine_output(self, part: Part, table: pa.Table, windows: Windows | None) -> EngineOutput:
         with_loss = self.job.reducer is not None
         if not self.watch.is_needed:
-            return self.engine.answer(table, windows, with_loss=with_loss)
+            return self.engine.answer(table, windows, with_loss=with_loss, top_k=self.job.top_k)
 
         def compute(start: int, stop: int) -> EngineOutput:
             is_whole = stop - start == table.num_rows
             return self.engine.answer(
-                table.slice(start, stop - start), windows if is_whole else None, with_loss=with_loss
+                table.slice(start, stop - start), windows if is_whole else None, with_loss=with_loss,
+                top_k=self.job.top_k,
             )
 
         return self.watch.run(
             part.first_row, table.num_rows, compute=compute,
-            give_up=lambda at, reason: self.engine.give_up(table.slice(at, 1), reason, with_loss=with_loss),
+            give_up=lambda at, reason: self.engine.give_up(
+                table.slice(at, 1), reason, with_loss=with_loss, top_k=self.job.top_k
+            ),
             join=lambda ours, theirs: ours.join(theirs), pack=cluster.pack, unpack=cluster.unpack,
         )
 
@@ -588,8 +592,9 @@ class PredictionWorker:
             answers = output.predictions
             if job.probabilities is not None:
                 answers = job.probabilities.add_to(answers)
+            rows = pa.array(results.row_numbers(answers))
             for name in job.extra_columns:
-                answers = answers.append_column(name, table[name])
+                answers = answers.append_column(name, table[name].take(rows))
             file = job.folder.publish_part(answers, part.first_row, part.num_rows)
             return dataclasses.replace(report, file=file, finished=time.time())
         results.check_rows(output.predictions, part.first_row, part.num_rows)

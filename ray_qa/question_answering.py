@@ -113,11 +113,12 @@ class HappyQuestionAnswering:
     def test(
         self, input_filepath: PathLike | Sequence[PathLike], args: QATestArgs | Mapping[str, Any] | None = None,
         output_path: PathLike | None = None,
-    ) -> Sequence[QuestionAnsweringResult]:
+    ) -> Sequence[results.RowAnswers]:
         """Answer every row of CSV files with the columns context and question, in CSV order.
 
         Without ``output_path`` a list of named tuples (answer, score, start, end). With it, Parquet files in that
-        folder, and a lazy sequence of the same named tuples over them. A row that cannot be
+        folder, and a lazy sequence of the same named tuples over them. With ``top_k`` above 1 every row has a list of
+        them, best first, and in the files a line per answer with its ``rank``. A row that cannot be
         answered has the answer "" and says why in the Parquet column ``error``. Of a calibrated model the files also
         say how probable it is that an answer is right; `ray_qa.predict` says more.
 
@@ -134,9 +135,10 @@ class HappyQuestionAnswering:
         return done.answers
 
     def answer_question(
-        self, context: str, question: str, top_k: int = 1, args: QATestArgs | Mapping[str, Any] | None = None
+        self, context: str, question: str, top_k: int | None = None, args: QATestArgs | Mapping[str, Any] | None = None
     ) -> list[QuestionAnsweringResult]:
-        """The best answers to one question, at most ``top_k``, in this process and without Ray.
+        """The best answers to one question, at most ``top_k`` (None: what ``args`` say, 1 without), in this process and
+        without Ray.
 
         Raises:
             OptionError: ``min_probability`` or ``target_precision``, which only answers in files can show.
@@ -148,11 +150,11 @@ class HappyQuestionAnswering:
         table = pa.table({
             schema.ROW_INDEX: pa.array([0], pa.int64()), schema.CONTEXT: [context], schema.QUESTION: [question],
         })
-        found = self._local_engine(args).answer(table, top_k=top_k).predictions
+        found = self._local_engine(args).answer(table, top_k=args.top_k if top_k is None else top_k).predictions
         error = found["error"][0].as_py()
         if error is not None:
             raise InputError(f"the question {question[:80]!r} cannot be answered: {error}")
-        return results.to_results(found)
+        return results.to_lines(found)
 
     def save(self, path: PathLike) -> None:
         """Write the model as a folder that this class and transformers' ``from_pretrained`` open.

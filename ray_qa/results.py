@@ -21,9 +21,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol, TypeVar, overload
+from typing import Any, Protocol, TypeAlias, TypeVar, overload
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs as pafs
@@ -31,8 +32,12 @@ import pyarrow.parquet as pq
 
 from ray_qa.errors import OutputError, WorkError
 from ray_qa.parquet_files import publish_tables
-from ray_qa.schema import PREDICTIONS, ROW_INDEX, QuestionAnsweringResult
+from ray_qa.schema import PREDICTIONS, RANK, ROW_INDEX, QuestionAnsweringResult
 from ray_qa.storage import Location, PathLike, locate, retry
+
+#: What a row comes down to: its answer, or with ``top_k > 1`` its answers, best first.
+#: (A union would make every ``answers[0].answer`` a type error.)
+RowAnswers: TypeAlias = Any
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -90,11 +95,15 @@ def plan_hash(plan: Mapping[str, Any]) -> str:
 def check_rows(table: pa.Table, first_row: int, num_rows: int) -> None:
     """Raise WorkError unless ``table`` holds every row of [first_row, first_row + num_rows), in order.
 
-    With a column ``rank`` a row may have several entries; they stand together.
+    With a column ``rank`` a row may have several entries: they stand together and count from 0.
     """
     found = table[ROW_INDEX].to_numpy()
+    if RANK in table.column_names:
+        rank, starts = table[RANK].to_numpy(), np.flatnonzero(np.diff(found, prepend=first_row - 1))
+        if np.any(rank != np.arange(len(found)) - np.repeat(starts, np.diff(starts, append=len(found)))):
+            raise WorkError(f"the part of row {first_row}: the answers of a row do not stand together in their order")
     steps = np.diff(found)
-    right_count = len(found) == num_rows or ("rank" in table.column_names and len(found) > num_rows > 0)
+    right_count = len(found) == num_rows or (RANK in table.column_names and len(found) > num_rows > 0)
     complete = right_count and (
         num_rows == 0
         or (found[0] == first_row and found[-1] == first_row + num_rows - 1 and bool((steps >> 1 == 0).all()))
@@ -107,13 +116,23 @@ def check_rows(table: pa.Table, first_row: int, num_rows: int) -> None:
 
 
 def check_answers(contexts: pa.ChunkedArray, predictions: pa.Table) -> None:
-    """Raise WorkError unless ``context[start:end] == answer`` in every row; one prediction for each context."""
+    """Raise WorkError unless ``context[start:end] == answer`` in every line; each context has a prediction, or several
+    with a column ``rank``."""
+    if RANK in predictions.column_names:
+        contexts = contexts.take(pa.array(row_numbers(predictions)))
     given = pc.or_(pc.not_equal(predictions["answer"], ""), pc.not_equal(predictions["end"], predictions["start"]))
     rows = pc.indices_nonzero(given)
     columns = (predictions[name].take(rows).to_pylist() for name in (ROW_INDEX, "start", "end", "answer"))
     for context, row, start, end, answer in zip(contexts.take(rows).to_pylist(), *columns, strict=True):
         if context[start:end] != answer:
             raise WorkError(f"row {row}: the answer {answer!r} does not stand at [{start}, {end}) of the context")
+
+
+def row_numbers(predictions: pa.Table) -> npt.NDArray[np.int64]:
+    """For each line of a predictions table the number of its row in it: 0, 0, 0, 1, ... with a column ``rank``."""
+    if RANK not in predictions.column_names:
+        return np.arange(len(predictions))
+    return np.cumsum(predictions[RANK].to_numpy() == 0) - 1
 
 
 @dataclass(frozen=True)
@@ -332,9 +351,10 @@ def verify(path: PathLike, *, storage_options: Mapping[str, object] | None = Non
     )
 
 
-class Answers(Sequence[QuestionAnsweringResult]):
+class Answers(Sequence[RowAnswers]):
     """The answers of a finished folder, in CSV order, read part by part when they are asked for.
 
+    One named tuple for each row, or with ``top_k > 1`` a list of them, best first.
     ``len``, index, slice and iterate like a list; one part at a time is in memory (a few are kept). Can be pickled:
     it is the place that travels, not the answers.
     """
@@ -355,29 +375,29 @@ class Answers(Sequence[QuestionAnsweringResult]):
         return int(self.manifest["num_rows"])
 
     @overload
-    def __getitem__(self, index: int) -> QuestionAnsweringResult: ...
+    def __getitem__(self, index: int) -> RowAnswers: ...
     @overload
-    def __getitem__(self, index: slice) -> list[QuestionAnsweringResult]: ...
-    def __getitem__(self, index: int | slice) -> QuestionAnsweringResult | list[QuestionAnsweringResult]:
+    def __getitem__(self, index: slice) -> list[RowAnswers]: ...
+    def __getitem__(self, index: int | slice) -> RowAnswers | list[RowAnswers]:
         if isinstance(index, slice):
             return self._slice(range(*index.indices(len(self))))
         row = index + len(self) if index < 0 else index
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         part = self._part_of(row)
-        return to_results(self._table(part).slice(row - int(self._firsts[part]), 1))[0]
+        return to_results(_rows(self._table(part), np.array([row - int(self._firsts[part])])))[0]
 
     def _part_of(self, row: int) -> int:
         return int(np.searchsorted(self._firsts, row, side="right")) - 1
 
-    def _slice(self, rows: range) -> list[QuestionAnsweringResult]:
-        found: list[QuestionAnsweringResult] = []
+    def _slice(self, rows: range) -> list[RowAnswers]:
+        found: list[RowAnswers] = []
         for part, group in itertools.groupby(rows, key=self._part_of):
             positions = np.fromiter(group, np.int64) - self._firsts[part]
-            found += to_results(self._table(part).take(pa.array(positions)))
+            found += to_results(_rows(self._table(part), positions))
         return found
 
-    def __iter__(self) -> Iterator[QuestionAnsweringResult]:
+    def __iter__(self) -> Iterator[RowAnswers]:
         for table in self._tables():
             yield from to_results(table)
 
@@ -408,7 +428,7 @@ class Answers(Sequence[QuestionAnsweringResult]):
         target = check_single_file(
             path, self.location, self.manifest["plan_hash"], overwrite=overwrite, storage_options=storage_options
         )
-        if not overwrite and _single_file_facts(target) == (self.manifest["plan_hash"], len(self)):
+        if not overwrite and _single_file_plan(target) == self.manifest["plan_hash"]:
             return False
         tables = self._tables()
         first = next(tables, PREDICTIONS.empty_table())
@@ -420,7 +440,7 @@ class Answers(Sequence[QuestionAnsweringResult]):
     def _counted(self, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
         num_rows = 0
         for table in tables:
-            num_rows += len(table)
+            num_rows += len(table) and int(row_numbers(table)[-1]) + 1
             yield table
         if num_rows != len(self):
             raise WorkError(f"{self.location.uri}: {num_rows} rows came out of the parts, {len(self)} are expected")
@@ -465,16 +485,34 @@ def check_single_file(
     if info.type == pafs.FileType.Directory:
         raise OutputError(f"{target.uri}: is a folder; allowed: the name of a file")
     if info.type == pafs.FileType.File and not overwrite:
-        found, _ = _single_file_facts(target)
+        found = _single_file_plan(target)
         if found is None or plan not in (None, found):
             raise OutputError(f"{target.uri}: the file is there and not of this run; allowed: a new name, or overwrite")
     return target
 
 
-def to_results(table: pa.Table) -> list[QuestionAnsweringResult]:
-    """The rows of a predictions table as named tuples."""
+def to_lines(table: pa.Table) -> list[QuestionAnsweringResult]:
+    """The lines of a predictions table as named tuples."""
     columns = (table[name].to_pylist() for name in QuestionAnsweringResult._fields)
     return [QuestionAnsweringResult(*values) for values in zip(*columns, strict=True)]
+
+
+def to_results(table: pa.Table) -> list[RowAnswers]:
+    """The rows of a predictions table as named tuples; with a column ``rank`` a list of them for each row."""
+    lines = to_lines(table)
+    if RANK not in table.column_names:
+        return list(lines)
+    bounds = np.append(np.flatnonzero(table[RANK].to_numpy() == 0), len(lines)).tolist()
+    return [lines[start:stop] for start, stop in itertools.pairwise(bounds)]
+
+
+def _rows(table: pa.Table, numbers: npt.NDArray[np.int64]) -> pa.Table:
+    """The lines of the given rows of a predictions table, in that order."""
+    if RANK not in table.column_names:
+        return table.take(pa.array(numbers))
+    bounds = np.append(np.flatnonzero(table[RANK].to_numpy() == 0), len(table))
+    wanted = [np.arange(bounds[number], bounds[number + 1]) for number in numbers]
+    return table.take(pa.array(np.concatenate([*wanted, np.zeros(0, np.int64)]).astype(np.int64)))
 
 
 def _num_error_rows(table: pa.Table) -> int:
@@ -544,7 +582,8 @@ def _inspect(location: Location, expected_plan: str, *, whole: bool = False) -> 
         file = pq.ParquetFile(pa.BufferReader(data), metadata=footer)
         if not {ROW_INDEX, "error"} <= set(file.schema_arrow.names):
             raise damaged(f"its columns are {', '.join(file.schema_arrow.names)}")
-        table = file.read(columns=[ROW_INDEX, "error"], use_threads=False)
+        names = [name for name in (ROW_INDEX, RANK, "error") if name in file.schema_arrow.names]
+        table = file.read(columns=names, use_threads=False)
         try:
             check_rows(table, found.first_row, found.num_rows)
         except WorkError as error:
@@ -554,15 +593,14 @@ def _inspect(location: Location, expected_plan: str, *, whole: bool = False) -> 
     return found
 
 
-def _single_file_facts(target: Location) -> tuple[str | None, int]:
-    """The plan that a single file was written by, None where it is no such file, and its rows."""
+def _single_file_plan(target: Location) -> str | None:
+    """The plan that a single file was written by, None where it is no such file; it is whole, or not there."""
     try:
         with target.filesystem.open_input_file(target.path) as file:
-            footer = pq.read_metadata(file)
+            plan = (pq.read_metadata(file).metadata or {}).get(_PLAN_KEY)
     except (pa.ArrowInvalid, OSError):
-        return None, 0
-    plan = (footer.metadata or {}).get(_PLAN_KEY)
-    return None if plan is None else plan.decode(), footer.num_rows
+        return None
+    return None if plan is None else plan.decode()
 
 
 def _same_names(location: Location, found: set[str], expected: set[str]) -> None:

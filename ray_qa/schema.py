@@ -31,8 +31,13 @@ PREDICTIONS = pa.schema(
     ]
 )
 
+#: The same with ``top_k > 1``: up to ``top_k`` lines per row, which stand together, best (``rank`` 0) first.
+RANK = "rank"
+RANKED_PREDICTIONS = PREDICTIONS.insert(1, pa.field(RANK, pa.int32(), nullable=False))
+
 #: Further columns of a result where the model has a calibration.json: how probable it is that the answer is right
-#: (null where the row has an error), and, where a limit was asked for, whether that is too little to rely on it.
+#: (null where the row has an error, and for all but the best of ``top_k``), and, where a limit was asked for, whether
+#: that is too little to rely on it.
 PROBABILITY = pa.field("probability", pa.float64())
 ABSTAIN = pa.field("abstain", pa.bool_(), nullable=False)
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tiny_architectures import CORPUS, KINDS, build
 
 from ray_qa import schema
-from ray_qa.engine import RANKED_PREDICTIONS, Engine, EngineOutput, make_windows, window_maker
+from ray_qa.engine import Engine, EngineOutput, make_windows, window_maker
 from ray_qa.errors import OptionError, WorkError
 from ray_qa.model import QAModel, load_model, load_tokenizer
 from ray_qa.options import AnswerOptions
@@ -180,7 +180,7 @@ def test_architecture_equals_plain_forward(name, loaded):
     for top_k in (1, 4):
         output = engine.answer(table, with_loss=True, top_k=top_k)
         answers = by_row(output)
-        assert output.predictions.schema == (RANKED_PREDICTIONS if top_k > 1 else schema.PREDICTIONS)
+        assert output.predictions.schema == (schema.RANKED_PREDICTIONS if top_k > 1 else schema.PREDICTIONS)
         for index, ((context, question), label) in enumerate(zip(PAIRS, LABELS, strict=True)):
             expected, loss, windows = reference(qa, context, question, options, top_k=top_k, label=label)
             assert_same(answers[100 + index], expected)

@@ -69,3 +69,11 @@ def test_options_are_frozen() -> None:
 @pytest.mark.parametrize(("limit", "allowed"), [(0, 0), (0.01, 10), (0.5, 500), (1, 1), (25, 25)])
 def test_allowance_is_a_share_below_one_and_a_count_from_one(limit: float, allowed: int) -> None:
     assert allowance(limit, 1000) == allowed
+
+
+def test_only_prediction_gives_several_answers() -> None:
+    assert QATestArgs.of({"top_k": 5}).top_k == 5
+    with pytest.raises(OptionError, match="QAEvalArgs has no option 'top_k'"):
+        QAEvalArgs.of({"top_k": 5})
+    with pytest.raises(OptionError, match="top_k is 0; allowed: a number at least 1"):
+        QATestArgs(top_k=0)

@@ -239,3 +239,27 @@ def test_a_folder_that_another_job_works_in_is_refused(rows_csv: Path, tiny_mode
     with FolderLock(locate(tmp_path)), pytest.raises(OutputError, match="another job is at work in this folder"):
         predict(rows_csv, model=tiny_model, output_path=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_several_answers_per_row(
+    rows_csv: Path, tiny_model: Path, one_worker: tuple[Path, Prediction], tmp_path: Path
+) -> None:
+    folder, best = one_worker
+    done = predict(
+        rows_csv, model=tiny_model, args={"top_k": 3}, output_path=tmp_path / "out", keep_columns=["id"],
+        scaling=ScalingConfig(num_workers=1), single_file=tmp_path / "all.parquet",
+    )
+    table = pq.read_table(tmp_path / "out")
+    assert table.column_names == ["row_index", "rank", "answer", "score", "start", "end", "error", "id"]
+    assert table["id"].to_pylist() == [str(row) for row in table["row_index"].to_pylist()]
+    assert (done.num_rows, done.num_errors, len(done.answers)) == (NUM_ROWS, 1, NUM_ROWS)
+    for row, (answers, alone) in enumerate(zip(done.answers, best.answers, strict=True)):
+        assert [tuple(answers[0])[i] for i in (0, 2, 3)] == [tuple(alone)[i] for i in (0, 2, 3)]
+        assert answers[0].score == pytest.approx(alone.score, abs=1e-6)
+        assert len(answers) == (1 if row == 300 else 3)
+        assert len({(answer.start, answer.end) for answer in answers}) == len(answers)
+        assert [answer.score for answer in answers] == sorted((a.score for a in answers), reverse=True)
+    assert results.verify(tmp_path / "out").num_errors == 1
+    assert pq.read_table(tmp_path / "all.parquet").equals(table)
+    with pytest.raises(OutputError, match="options"):
+        predict(rows_csv, model=tiny_model, output_path=tmp_path / "out", args={"top_k": 2})

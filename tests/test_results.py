@@ -256,3 +256,50 @@ def test_several_ranks_of_one_row_stand_together() -> None:
     results.check_rows(ranked, 0, 3)
     with pytest.raises(WorkError):
         results.check_rows(pa.table({"row_index": [0, 1, 0], "rank": [0, 0, 1]}), 0, 2)
+
+
+def ranked(first_row: int, counts: list[int]) -> pa.Table:
+    """``counts[i]`` answers for row ``first_row + i``, the last of them with an error where it is the only one."""
+    lines = [(first_row + i, rank) for i, count in enumerate(counts) for rank in range(count)]
+    return pa.table(
+        {
+            "row_index": [row for row, _ in lines],
+            "rank": [rank for _, rank in lines],
+            "answer": [f"{row}.{rank}" for row, rank in lines],
+            "score": [1 / (1 + rank) for _, rank in lines],
+            "start": [0] * len(lines),
+            "end": [3] * len(lines),
+            "error": [None] * len(lines),
+        },
+        schema=schema.RANKED_PREDICTIONS,
+    )
+
+
+def test_a_list_per_row_where_there_are_several_answers(tmp_path: Path) -> None:
+    plan = {"input": "x", "top_k": 3}
+    folder = begin(locate(tmp_path / "out"), plan)
+    parts = [folder.publish_part(ranked(0, [3, 1, 2]), 0, 3), folder.publish_part(ranked(3, [1, 3]), 3, 2)]
+    folder.finish(plan, parts, 5)
+    verify(tmp_path / "out")
+    answers = open_results(tmp_path / "out")
+    expected = [["0.0", "0.1", "0.2"], ["1.0"], ["2.0", "2.1"], ["3.0"], ["4.0", "4.1", "4.2"]]
+    assert len(answers) == 5
+    assert [[answer.answer for answer in row] for row in answers] == expected
+    assert [[answer.answer for answer in row] for row in answers[4:0:-2]] == [expected[4], expected[2]]
+    assert [answer.answer for answer in answers[-1]] == expected[4] and [a.answer for a in answers[1]] == ["1.0"]
+    assert answers.write_parquet(tmp_path / "one.parquet") and not answers.write_parquet(tmp_path / "one.parquet")
+    assert pq.read_table(tmp_path / "one.parquet").num_rows == 10
+    with pytest.raises(WorkError, match="lost or doubled"):
+        folder.publish_part(ranked(0, [3, 0, 2]), 0, 3)
+    with pytest.raises(WorkError, match="stand together"):
+        folder.publish_part(ranked(0, [3, 1, 2]).take([0, 2, 1, 3, 4, 5]), 0, 3)
+
+
+def test_answers_of_several_ranks_stand_in_their_contexts() -> None:
+    contexts = pa.chunked_array([["0.0 0.1", "no", "2.0"]])
+    table = ranked(0, [1, 1, 1]).set_column(2, schema.PREDICTIONS.field("answer"), [["0.0", "no", "2.0"]])
+    table = table.set_column(5, schema.PREDICTIONS.field("end"), [[3, 2, 3]])
+    check_answers(contexts, table)
+    check_answers(contexts, pa.concat_tables([table.slice(0, 1), table.slice(1)]))
+    with pytest.raises(WorkError, match="row 2"):
+        check_answers(contexts, table.set_column(4, schema.PREDICTIONS.field("start"), [[0, 0, 1]]))
