@@ -142,21 +142,24 @@ def run_job(options: argparse.Namespace, files: list[Path], precision: str, *fla
     return json.loads(done.stdout.splitlines()[-1])["rows_per_second"]
 
 
-def copies(options: argparse.Namespace, count: int, num_rows: int | None = None) -> list[Path]:
-    """Files of the same rows: each is cut into parts of its own, so that all workers have something to do."""
-    rows = read_rows(options.input, num_rows)
-    files = [options.work / f"rows-{num_rows or len(rows)}-{number}.csv" for number in range(count)]
-    for file in files:
-        write_rows(file, rows)
+def copies(options: argparse.Namespace, count: int, pieces: int = 1) -> list[Path]:
+    """The peers' rows ``count`` times, each time in so many files: a file is a part at least, and every worker needs
+    some."""
+    rows = read_rows(options.input, options.peer_rows)
+    files = []
+    for number in range(count * pieces):
+        piece = number % pieces
+        files.append(options.work / f"rows-{pieces}-{number}.csv")
+        write_rows(files[-1], rows[piece * len(rows) // pieces : (piece + 1) * len(rows) // pieces])
     return files
 
 
 def speed(options: argparse.Namespace) -> dict[str, Any]:
     few = options.work / "peer-rows.csv"
     write_rows(few, read_rows(options.input, options.peer_rows))
-    bf16, fp32 = copies(options, 2), copies(options, 2, 256)
+    bf16, fp32 = copies(options, 8), copies(options, 2, 4)
     probe = options.work / "probe-rows.csv"
-    write_rows(probe, read_rows(options.input, 64))
+    write_rows(probe, read_rows(options.input, 32))
     batch_size = max(BATCH_SIZES, key=lambda size: run_peer("pipeline", options.model, probe, size))
     runs: dict[str, Callable[[], float]] = {
         "ray_qa bf16": lambda: run_job(options, bf16, "bf16"),
@@ -175,7 +178,7 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def workers(options: argparse.Namespace) -> dict[str, Any]:
-    files = copies(options, 2)
+    files = copies(options, 8)
     found = in_turns({
         f"{count} workers": lambda count=count: run_job(  # type: ignore[misc]
             options, files, "bf16", "--num-workers", str(count), "--cpus-per-worker", "1"
@@ -186,12 +189,14 @@ def workers(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def in_turns(runs: dict[str, Callable[[], float]], repeats: int) -> dict[str, float]:
+    """The median of every run."""
     found: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
+            started = time.perf_counter()
             found[name].append(run())
-    print(json.dumps({"all runs": {name: [round(value, 2) for value in values] for name, values in found.items()}}),
-          flush=True)
+            took = time.perf_counter() - started
+            print(f"    {name}: {found[name][-1]:.5g} (all of it {took:.0f} s)", file=sys.stderr, flush=True)
     return {name: statistics.median(values) for name, values in found.items()}
 
 

@@ -47,6 +47,8 @@ if TYPE_CHECKING:  # torch and transformers are slow to import; a cluster's driv
 
 logger = logging.getLogger("ray_qa")
 
+#: Up to so many parts for each worker, none of them waits at a worker: the end would take longer than the gaps.
+_FEW_PARTS = 16
 #: CPUs of a task that reads and tokenizes beside the workers.
 _FEEDER_CPUS = 0.5
 #: Parts that a worker is given at a time, at most: where they are quick, Ray Data's time for each task counts.
@@ -418,8 +420,8 @@ def run_parts(job: Job, index: CSVIndex, parts: Sequence[int], workers: Workers)
     pool = ray.data.ActorPoolStrategy(
         # Ray Data warns of a pool that waits for more workers than there are runs.
         min_size=min(workers.num_workers, runs.count()), max_size=workers.num_workers, initial_size=workers.num_workers,
-        # One run at work and one waiting: more would lie with one worker while another has none.
-        max_tasks_in_flight_per_actor=2,
+        # One run at work and one waiting; where there are few, the last would lie with one worker while another has none.
+        max_tasks_in_flight_per_actor=1 if len(parts) < _FEW_PARTS * workers.num_workers else 2,
     )
     cpus = float(workers.threads)
     if feeds:

@@ -452,10 +452,10 @@ def _probed(tokenizer: Any, question: str, context: str, *, question_first: bool
     """The template that explains one encoded pair; ModelError when none does."""
     name = type(tokenizer).__name__
     first, second = (question, context) if question_first else (context, question)
-    pair = tokenizer(first, second, return_token_type_ids=True)
+    pair = tokenizer(first, second, return_token_type_ids=True, verbose=False)
     ids, types, owner = pair["input_ids"], pair["token_type_ids"], pair.sequence_ids(0)
     at = {text: [index for index, who in enumerate(owner) if who == text] for text in (0, 1)}
-    alone = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (first, second)]
+    alone = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in (first, second)]
     for which in (0, 1):
         own = at[which]
         if not own or own != list(range(own[0], own[-1] + 1)) or [ids[i] for i in own] != alone[which]:
