@@ -420,7 +420,7 @@ def run_parts(job: Job, index: CSVIndex, parts: Sequence[int], workers: Workers)
     pool = ray.data.ActorPoolStrategy(
         # Ray Data warns of a pool that waits for more workers than there are runs.
         min_size=min(workers.num_workers, runs.count()), max_size=workers.num_workers, initial_size=workers.num_workers,
-        # One run at work and one waiting; where there are few, the last would lie with one worker while another has none.
+        # One run at work and one waiting. Of few, the last would lie with one worker while another has none.
         max_tasks_in_flight_per_actor=1 if len(parts) < _FEW_PARTS * workers.num_workers else 2,
     )
     cpus = float(workers.threads)
