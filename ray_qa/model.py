@@ -46,6 +46,7 @@ HEAD_SEED = 42
 # Files that make up a model; everything else in a repository (pickles, exports, logos) stays where it is.
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 _TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+_CARD = ("README.md", "training.png")
 # Written beside a model by ray_qa: what became of it, not what it is.
 _NOT_THE_MODEL = {"result.json", "calibration.json", "eval.json", "prepare.json", "_run.json"}
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "tf_model.h5", "flax_model.msgpack")
@@ -336,7 +337,7 @@ def _from_storage(folder: Location, *, trust_remote_code: bool) -> Path:
     """A copy of the folder's files under the cache home, named by what the store says of them."""
     if folder.is_local:
         return Path(folder.path)
-    patterns = (*_WEIGHT_FILES, *_TEXT_FILES, *_PICKLES, *(("*.py",) if trust_remote_code else ()))
+    patterns = (*_WEIGHT_FILES, *_TEXT_FILES, *_CARD, *_PICKLES, *(("*.py",) if trust_remote_code else ()))
     try:
         files = [
             info for info in folder.list()
@@ -347,6 +348,7 @@ def _from_storage(folder: Location, *, trust_remote_code: bool) -> Path:
         facts = [(info.base_name, info.size, info.mtime_ns) for info in files]
         target = cache_home() / "fetched" / hashlib.sha256(json.dumps([folder.uri, facts]).encode()).hexdigest()[:32]
         if target.is_dir():
+            os.utime(target)  # used, see `storage.prune_cache`
             return target
         staged = target.with_name(f"_{target.name}.{uuid.uuid4().hex}")
         staged.mkdir(parents=True)

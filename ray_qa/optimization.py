@@ -81,11 +81,19 @@ def learning_rate_at(step: int, num_steps: int, args: QATrainArgs) -> float:
         return args.learning_rate * step / max(1, warmup)
     if args.lr_scheduler_type == "constant_with_warmup":
         return args.learning_rate
+    if args.lr_scheduler_type == "inverse_sqrt":
+        # Without warm-up transformers takes its default of 10,000 steps for the scale.
+        scale = warmup or 10_000
+        return args.learning_rate / math.sqrt((step - warmup + scale) / scale)
     left = max(1, num_steps - warmup)
+    done = (step - warmup) / left
     if args.lr_scheduler_type == "linear":
-        return args.learning_rate * max(0.0, (num_steps - step) / left)
-    if args.lr_scheduler_type == "cosine":
-        return args.learning_rate * max(0.0, 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / left)))
+        return args.learning_rate * max(0.0, 1.0 - done)
+    if args.lr_scheduler_type in ("cosine", "cosine_with_restarts"):  # one cycle, as by default
+        return args.learning_rate * max(0.0, 0.5 * (1.0 + math.cos(math.pi * done))) if done < 1 else 0.0
+    if args.lr_scheduler_type == "polynomial":  # of power 1, down to 1e-7, as by default
+        last = min(1e-7, args.learning_rate)
+        return (args.learning_rate - last) * max(0.0, 1.0 - done) + last
     raise OptionError(f"QATrainArgs.lr_scheduler_type is {args.lr_scheduler_type!r}; see its allowed values")
 
 
@@ -140,6 +148,8 @@ class Optimization:
         self.precision = precision
         self.device = next(model.parameters()).device
         self._make_inputs = make_inputs or self._all_inputs
+        if args.gradient_checkpointing:
+            _keep_fewer_activations(model)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self._names: list[str] = []
@@ -241,15 +251,16 @@ class Optimization:
             arrays = make_batch(positions)
             mask = arrays["attention_mask"]
             num_padded += mask.size
-            with self._autocast(), FastDropout():
-                output = self.model(**self._make_inputs(arrays))
-            losses = window_losses(
-                output.start_logits, output.end_logits,
-                None if mask.all() else to_device(mask, self.device),
-                to_device(arrays["start_positions"], self.device),
-                to_device(arrays["end_positions"], self.device),
-            )
-            losses.sum().backward()
+            with FastDropout():  # in the backward pass too, where gradient checkpointing does the forward again
+                with self._autocast():
+                    output = self.model(**self._make_inputs(arrays))
+                losses = window_losses(
+                    output.start_logits, output.end_logits,
+                    None if mask.all() else to_device(mask, self.device),
+                    to_device(arrays["start_positions"], self.device),
+                    to_device(arrays["end_positions"], self.device),
+                )
+                losses.sum().backward()
             done.append(losses.detach())
         result = np.empty(num, dtype=np.float64)
         if done:
@@ -320,6 +331,19 @@ class Optimization:
             # Fused AdamW keeps its counter of steps, a float32, beside the parameter.
             dtype = value.dtype if field == "step" else parameter.dtype
             self.optimizer.state[parameter][field] = value.to(parameter.device, dtype, copy=True)
+
+
+def _keep_fewer_activations(model: nn.Module) -> None:
+    enable = getattr(model, "gradient_checkpointing_enable", None)
+    try:
+        if enable is None:
+            raise ValueError("it has no such switch")
+        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise OptionError(
+            f"gradient_checkpointing is True, which this model cannot ({error}); allowed: False, and a smaller "
+            "tokens_per_batch where memory is short"
+        ) from error
 
 
 def _flat_gradients(parameters: Sequence[nn.Parameter]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -33,10 +33,11 @@ from ray_qa.evaluation import evaluate
 from ray_qa.labels import LabelReport
 from ray_qa.model import ModelSource, load_model, load_tokenizer, resolve_model
 from ray_qa.optimization import Optimization, num_steps_of
-from ray_qa.options import CheckpointOptions, QATrainArgs
+from ray_qa.options import QATrainArgs
 from ray_qa.preparation import PreparationReport, Prepared, Shard, _Plan, make_shard, prepare
+from ray_qa.prepared_windows import PreparedWindows
 from ray_qa.storage import locate
-from ray_qa.training import PreparedWindows, train, train_windows
+from ray_qa.training import train, train_windows
 from ray_qa.windows import WindowMaker
 
 Row = tuple[str, str, str, str]
@@ -220,7 +221,9 @@ class TestOnRay:
     ) -> None:
         """float64, no dropout, weight decay, partial batches, a last epoch cut short: weights and losses to 1e-9."""
         index = index_of(tmp_path, 43)
-        args = QATrainArgs(learning_rate=1e-3, weight_decay=0.1, num_train_epochs=14.6, logging_steps=1)
+        args = QATrainArgs(
+            learning_rate=1e-3, weight_decay=0.1, num_train_epochs=14.6, logging_steps=1, save_steps=7, max_failures=1
+        )
         prepared = prepare(index, maker_of(tiny_model), args, locate(tmp_path / "windows"))
         folder = tmp_path / "checkpoints"
         killed: list[int] = []
@@ -234,7 +237,7 @@ class TestOnRay:
         killer.start()
         done = train_windows(
             prepared, source, args, scaling=TWO_WORKERS, precision="fp32", dtype="float64",
-            checkpoint_folder=locate(folder), checkpoints=CheckpointOptions(save_steps=7, max_failures=1),
+            checkpoint_folder=locate(folder),
         )
         killer.join()
         assert killed and done.journal.resumed_at_steps and done.journal.resumed_at_steps[0] % 7 == 0
@@ -274,14 +277,12 @@ class TestOnRay:
         call = textwrap.dedent(f"""
             import ray
             from ray_qa.options import QATrainArgs
-            from ray_qa.options import CheckpointOptions
             from ray_qa.training import train
 
             def run(output, max_steps=100):
                 return train(
                     {str(path)!r}, model={str(tiny_model)!r}, output=output,
-                    args=QATrainArgs(learning_rate=1e-3, max_steps=max_steps, precision="fp32"),
-                    checkpoints=CheckpointOptions(save_steps=10),
+                    args=QATrainArgs(learning_rate=1e-3, max_steps=max_steps, precision="fp32", save_steps=10),
                 )
         """)
         address = ray.get_runtime_context().gcs_address
