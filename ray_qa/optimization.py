@@ -251,16 +251,15 @@ class Optimization:
             arrays = make_batch(positions)
             mask = arrays["attention_mask"]
             num_padded += mask.size
-            with FastDropout():  # in the backward pass too, where gradient checkpointing does the forward again
-                with self._autocast():
-                    output = self.model(**self._make_inputs(arrays))
-                losses = window_losses(
-                    output.start_logits, output.end_logits,
-                    None if mask.all() else to_device(mask, self.device),
-                    to_device(arrays["start_positions"], self.device),
-                    to_device(arrays["end_positions"], self.device),
-                )
-                losses.sum().backward()
+            with self._autocast(), FastDropout():
+                output = self.model(**self._make_inputs(arrays))
+            losses = window_losses(
+                output.start_logits, output.end_logits,
+                None if mask.all() else to_device(mask, self.device),
+                to_device(arrays["start_positions"], self.device),
+                to_device(arrays["end_positions"], self.device),
+            )
+            losses.sum().backward()
             done.append(losses.detach())
         result = np.empty(num, dtype=np.float64)
         if done:
@@ -334,11 +333,15 @@ class Optimization:
 
 
 def _keep_fewer_activations(model: nn.Module) -> None:
-    enable = getattr(model, "gradient_checkpointing_enable", None)
+    # What is computed again must draw the same dropout; modes entered around the backward pass do not reach it.
+    options = {"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), FastDropout())}
     try:
-        if enable is None:
-            raise ValueError("it has no such switch")
-        enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for name in ("activation", "gradient"):  # its name in newer and in older releases of transformers 5
+            enable: Callable[..., object] | None = getattr(model, f"{name}_checkpointing_enable", None)
+            if enable is not None:
+                enable(**{f"{name}_checkpointing_kwargs": options})
+                return
+        raise ValueError("it has no such switch")
     except ValueError as error:
         raise OptionError(
             f"gradient_checkpointing is True, which this model cannot ({error}); allowed: False, and a smaller "

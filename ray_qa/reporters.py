@@ -14,6 +14,7 @@ import importlib.util
 import logging
 import os
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -108,7 +109,10 @@ class TensorBoard:
             self._writer.close()
         directory = self._folder.path if self._staged is None else self._staged.name
         # What stands there of later steps was lost with the workers that did them.
-        self._writer = SummaryWriter(directory, purge_step=step + 1 if step else None, flush_secs=10)
+        # The library names files by the second, and would write over one that is as young.
+        self._writer = SummaryWriter(
+            directory, purge_step=step + 1 if step else None, flush_secs=10, filename_suffix=f".{uuid.uuid4().hex[:8]}"
+        )
 
     def log(self, kind: str, line: Mapping[str, float]) -> None:
         for name, value in line.items():

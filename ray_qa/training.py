@@ -25,10 +25,11 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 import ray_qa
-from ray_qa import cluster, mailbox, model_card, model_transfer, reporters, schema
+from ray_qa import cluster, folder_lock, mailbox, model_card, model_transfer, reporters, schema
 from ray_qa.bad_rows import check_label_rows
 from ray_qa.csv_index import CSVIndex
 from ray_qa.errors import OptionError, OutputError, RayQAError, WorkError
+from ray_qa.folder_lock import FolderLock
 from ray_qa.options import QATrainArgs, training_options
 from ray_qa.preparation import Prepared, keep_bad_rows, prepare
 from ray_qa.progress import Progress
@@ -165,7 +166,7 @@ def train(
         input_paths=input_paths, model=model, args=args, target=target, scaling=scaling, eval_paths=eval_paths,
         storage_path=storage_path, trust_remote_code=trust_remote_code, dtype=dtype, storage_options=storage_options,
     )
-    with usable_folder(target):
+    with usable_folder(target), contextlib.nullcontext() if target is None else FolderLock(target):
         return _train(call)
 
 
@@ -325,7 +326,7 @@ def _hash(value: Any) -> str:
 def _finished_in(target: Location, plan_hash: str) -> TrainResult | None:
     """The result where the same run has finished in ``target``; None where this run may use the folder."""
     allowed = "allowed: an empty or new folder, or one that the same training has begun"
-    names = {info.base_name for info in target.list()}
+    names = {info.base_name for info in target.list() if not info.base_name.startswith(folder_lock.PREFIX)}
     if RESULT in names:
         found = json.loads((target / RESULT).read_bytes().to_pybytes())
         if found.get("plan") == plan_hash:
