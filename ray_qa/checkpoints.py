@@ -94,6 +94,11 @@ class CheckpointWriter:
         self._thread = threading.Thread(target=self._write, args=(step, copies, text, keep_step), daemon=True)
         self._thread.start()
 
+    @property
+    def busy(self) -> bool:
+        """Whether something is still being written."""
+        return self._thread is not None and self._thread.is_alive()
+
     def close(self) -> None:
         """Wait until what was saved is on storage.
 
