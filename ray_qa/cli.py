@@ -81,7 +81,7 @@ class TrainJob(_Common, _OneModel):
     """Folder that becomes the tuned model. The same command again says that it is finished."""
 
     eval_input: tuple[str, ...] = ()
-    """CSV files to evaluate on after every epoch; the figures stand under "evaluations"."""
+    """CSV files to evaluate on, see --eval-strategy; the figures stand under "evaluations"."""
 
     push_to_hub: str | None = None
     """Repository (NAME or OWNER/NAME) on the Hugging Face Hub that gets the model, private where it is made for it."""

@@ -247,20 +247,23 @@ class Optimization:
         done: list[torch.Tensor] = []
         num_padded = 0
         self.model.train()
-        for positions in batches:
-            arrays = make_batch(positions)
-            mask = arrays["attention_mask"]
-            num_padded += mask.size
-            with self._autocast(), FastDropout():
-                output = self.model(**self._make_inputs(arrays))
-            losses = window_losses(
-                output.start_logits, output.end_logits,
-                None if mask.all() else to_device(mask, self.device),
-                to_device(arrays["start_positions"], self.device),
-                to_device(arrays["end_positions"], self.device),
-            )
-            losses.sum().backward()
-            done.append(losses.detach())
+        # The outer context keeps the weights' bf16 copies from one micro-batch to the next.
+        with self._autocast():
+            for positions in batches:
+                arrays = make_batch(positions)
+                mask = arrays["attention_mask"]
+                num_padded += mask.size
+                with FastDropout():
+                    output = self.model(**self._make_inputs(arrays))
+                with self._autocast(enabled=False):
+                    losses = window_losses(
+                        output.start_logits, output.end_logits,
+                        None if mask.all() else to_device(mask, self.device),
+                        to_device(arrays["start_positions"], self.device),
+                        to_device(arrays["end_positions"], self.device),
+                    )
+                    losses.sum().backward()
+                done.append(losses.detach())
         result = np.empty(num, dtype=np.float64)
         if done:
             result[np.concatenate(batches)] = torch.cat(done).double().cpu().numpy()
@@ -270,9 +273,9 @@ class Optimization:
         labels = ("start_positions", "end_positions")
         return {name: to_device(array, self.device) for name, array in arrays.items() if name not in labels}
 
-    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+    def _autocast(self, enabled: bool = True) -> contextlib.AbstractContextManager[object]:
         if self.precision == "bf16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+            return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
         return contextlib.nullcontext()
 
     def _add_ranks(self, tensor: torch.Tensor) -> torch.Tensor:

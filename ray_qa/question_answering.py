@@ -75,7 +75,8 @@ class HappyQuestionAnswering:
         """Fine-tune the model on CSV files with the columns context, question, answer_text, answer_start.
 
         From here on the object uses the tuned model; another call trains on. ``args`` is a dictionary or
-        `QATrainArgs`; what a dictionary leaves out keeps its default.
+        `QATrainArgs`; what a dictionary leaves out keeps its default. ``eval_filepath`` names rows to evaluate on
+        while it trains; ``eval_ratio`` in ``args`` holds some out instead.
 
         Raises:
             BadRowsError: rows whose answer does not stand at answer_start; lists the first ten.
