@@ -99,7 +99,9 @@ class Ours:
         self.sampler = TrainingSampler(data.lengths, batch_size=batch_size, seed=1)
         self.optimization = Optimization(
             model, args, num_steps=num_steps, precision=precision,
-            tokens_per_batch=default_tokens_per_batch(self.device, training=True),
+            tokens_per_batch=default_tokens_per_batch(
+                self.device, training=True, num_parameters=model.num_parameters()
+            ),
         )
         self.flops_of = WindowFlops(model)
         self.steps = 0

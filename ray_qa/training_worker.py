@@ -128,9 +128,12 @@ class _Worker:
         self.windows = PreparedWindows(plan.prepared)
         self.sampler = TrainingSampler(self.windows.lengths, batch_size=args.batch_size, seed=args.seed)
         self.num_steps = num_steps_of(args, self.sampler.steps_per_epoch)
+        tokens_per_batch = args.tokens_per_batch or default_tokens_per_batch(
+            self.device, training=True, num_parameters=self.loaded.model.num_parameters(only_trainable=True)
+        )
         self.optimization = Optimization(
             self.model, args, num_steps=self.num_steps, precision=plan.precision, make_inputs=self.loaded.inputs,
-            tokens_per_batch=args.tokens_per_batch or default_tokens_per_batch(self.device, training=True),
+            tokens_per_batch=tokens_per_batch,
         )
         self.flops_of = WindowFlops(self.model)
         self.journal = Journal(args, peak_flops=self._peak_flops())
