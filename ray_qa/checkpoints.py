@@ -64,7 +64,7 @@ def find_checkpoints(folder: Location) -> list[Checkpoint]:
 
 
 class CheckpointWriter:
-    """Writes checkpoints in a thread, one at a time, and deletes the oldest beyond ``keep``.
+    """Writes checkpoints in a thread, one at a time, and deletes the oldest beyond ``keep`` but one that is named.
 
     `save` copies the tensors and returns; the loop goes on while they are written.
     """
@@ -75,8 +75,12 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: RayQAError | None = None
 
-    def save(self, step: int, groups: TensorGroups, position: Mapping[str, Any]) -> None:
+    def save(
+        self, step: int, groups: TensorGroups, position: Mapping[str, Any], *, keep_step: int | None = None
+    ) -> None:
         """Save the state after ``step`` steps; waits for an earlier save that is still being written.
+
+        ``keep_step`` is a checkpoint to keep besides the newest.
 
         Raises:
             OutputError: the earlier save failed.
@@ -87,8 +91,13 @@ class CheckpointWriter:
             for group, tensors in groups.items()
         }
         text = json.dumps(position)
-        self._thread = threading.Thread(target=self._write, args=(step, copies, text), daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(step, copies, text, keep_step), daemon=True)
         self._thread.start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is still being written."""
+        return self._thread is not None and self._thread.is_alive()
 
     def close(self) -> None:
         """Wait until what was saved is on storage.
@@ -103,13 +112,17 @@ class CheckpointWriter:
             error, self._error = self._error, None
             raise error
 
-    def _write(self, step: int, groups: dict[str, dict[str, torch.Tensor]], position: str) -> None:
+    def _write(
+        self, step: int, groups: dict[str, dict[str, torch.Tensor]], position: str, keep_step: int | None
+    ) -> None:
         try:
             target = self.folder / f"{_PREFIX}{step:012d}"
             sizes = {name: _write_tensors(tensors, target, name) for name, tensors in groups.items()}
             told = {"step": step, "sizes": sizes, "position": json.loads(position)}
             (target / _LAST).publish(json.dumps(told).encode())
             for old in find_checkpoints(self.folder)[: -self.keep]:
+                if old.step == keep_step:
+                    continue
                 # First what makes it count.
                 (old.folder / _LAST).delete()
                 old.folder.filesystem.delete_dir(old.folder.path)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from ray_qa.errors import ErrorRowsError, Interrupted, OptionError, RayQAError, WorkError
-from ray_qa.options import CheckpointOptions, QAEvalArgs, QATestArgs, QATrainArgs
+from ray_qa.options import QAEvalArgs, QATestArgs, QATrainArgs
 from ray_qa.storage import without_secrets
 
 if TYPE_CHECKING:
@@ -86,17 +86,19 @@ class TrainJob(_Common, _OneModel):
     """Folder that becomes the tuned model. The same command again says that it is finished."""
 
     eval_input: tuple[str, ...] = ()
-    """CSV files to evaluate on after every epoch; the figures stand under "evaluations"."""
+    """CSV files to evaluate on, see --eval-strategy; the figures stand under "evaluations"."""
+
+    push_to_hub: str | None = None
+    """Repository (NAME or OWNER/NAME) on the Hugging Face Hub that gets the model, private where it is made for it."""
+
+    min_workers: int | None = None
+    """Go on with as few workers as this when nodes are lost, and with up to --num-workers when they come."""
 
     storage_path: str | None = None
     """Folder for prepared windows and checkpoints, which all nodes see; otherwise RAY_QA_HOME, otherwise
     ~/.cache/ray_qa."""
 
     options: Annotated[QATrainArgs, tyro.conf.arg(name="")] = dataclasses.field(default_factory=QATrainArgs)
-
-    checkpoints: Annotated[CheckpointOptions, tyro.conf.arg(name="")] = dataclasses.field(
-        default_factory=CheckpointOptions
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,16 +180,27 @@ class PrepareJob(_Source, _OneModel):
 
 
 def _train(job: TrainJob) -> dict[str, Any]:
+    from ray_qa import cluster, hub
     from ray_qa.training import train
 
+    if job.push_to_hub is not None:
+        hub.check_repository(job.push_to_hub)
+    scaling = cluster.scaling_of(
+        job.num_workers, use_gpu=job.use_gpu, cpus_per_worker=job.cpus_per_worker, min_workers=job.min_workers
+    )
     result = train(
-        job.input, model=_model(job), args=job.options, output=job.output, scaling=_scaling(job),
+        job.input, model=_model(job), args=job.options, output=job.output, scaling=scaling,
         eval_paths=job.eval_input or None, storage_path=job.storage_path, trust_remote_code=job.trust_remote_code,
-        checkpoints=job.checkpoints, storage_options=job.storage_options,
-        wait_seconds=job.wait_for_workers,
+        storage_options=job.storage_options, wait_seconds=job.wait_for_workers,
     )
     done = result.to_json()
     done.pop("history")  # stands in result.json
+    if job.push_to_hub is not None:
+        tuned = _resolve(job, result.model_directory, None)
+        try:
+            done["pushed_to"] = hub.push_folder(tuned.directory, job.push_to_hub)
+        except RayQAError as error:
+            raise _Finished(done, error) from error
     return done
 
 

@@ -208,14 +208,15 @@ def _most_workers(scaling: ScalingConfig) -> int:
 
 
 def scaling_of(
-    num_workers: int | None, *, use_gpu: bool = False, cpus_per_worker: int | None = None
+    num_workers: int | None, *, use_gpu: bool = False, cpus_per_worker: int | None = None,
+    min_workers: int | None = None,
 ) -> ScalingConfig | None:
-    """The workers that a job's flags ask for; None where they say nothing.
+    """The workers that a job's flags ask for; None where they say nothing. ``min_workers`` makes a range of them.
 
     Raises:
         OptionError: no worker would fit.
     """
-    if num_workers is None and not use_gpu and cpus_per_worker is None:
+    if num_workers is None and not use_gpu and cpus_per_worker is None and min_workers is None:
         return None
     connect()
     if num_workers is None:
@@ -225,9 +226,14 @@ def scaling_of(
             f"num_workers is {num_workers}; allowed: at least 1 (the cluster has {num_gpus()} GPUs, and nodes of "
             f"{cpus_per_node()} CPUs; where nodes are still to be added, say how many workers to wait for)"
         )
+    if min_workers is not None and not 1 <= min_workers <= num_workers:
+        raise OptionError(f"min_workers is {min_workers}; allowed: 1 to num_workers, which is {num_workers}")
     wanted = {"CPU": cpus_per_worker, "GPU": 1 if use_gpu else None}
     resources = {name: float(count) for name, count in wanted.items() if count is not None}
-    return ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=resources or None)
+    return ScalingConfig(
+        num_workers=num_workers if min_workers is None else (min_workers, num_workers),  # type: ignore[arg-type]
+        use_gpu=use_gpu, resources_per_worker=resources or None,
+    )
 
 
 def training_scaling(scaling: ScalingConfig | None, *, wait_seconds: float | None = None) -> ScalingConfig:

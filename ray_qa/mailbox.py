@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 #: Seconds between two looks; messages beyond the newest few are dropped when nobody looks.
 _PERIOD = 0.5
-_KEPT = 100
+_KEPT = 10_000
 
 
 class Mailbox:

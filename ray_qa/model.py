@@ -50,6 +50,7 @@ HEAD_SEED = 42
 # Files that make up a model; everything else in a repository (pickles, exports, logos) stays where it is.
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 _TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+_CARD = ("README.md", "training.png")
 # Written beside a model by ray_qa: what became of it, not what it is.
 _NOT_THE_MODEL = {"result.json", "calibration.json", "eval.json", "prepare.json", "_run.json"}
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "tf_model.h5", "flax_model.msgpack")
@@ -71,6 +72,8 @@ _POSITIONS_AFTER_PADDING = {
 # Pretrained with token types, which their tokenizers gave up to transformers 4 and no longer give in 5.
 _NEED_TOKEN_TYPES = {"albert", "rembert", "xlnet"}
 _NO_LENGTH_LIMIT = 2**31 - 1
+# Between MiniLM-L6 (23 million, 1,024 tokens are faster) and DistilBERT-base (66 million, 2,048 are).
+_MANY_PARAMETERS = 40_000_000
 
 
 @dataclass(frozen=True)
@@ -215,10 +218,15 @@ def padding_multiple(device: str | torch.device) -> int:
     return 16 if torch.device(device).type == "cpu" else 8
 
 
-def default_tokens_per_batch(device: str | torch.device, training: bool = False) -> int:
-    """Padded tokens in one forward pass that measured fastest on this kind of device."""
+def default_tokens_per_batch(
+    device: str | torch.device, training: bool = False, num_parameters: int = 0
+) -> int:
+    """Padded tokens in one forward pass that measured fastest on this kind of device.
+
+    ``num_parameters`` are those trained: gradients of many weights are better added up less often.
+    """
     if torch.device(device).type == "cpu":
-        return 1024
+        return 2048 if training and num_parameters >= _MANY_PARAMETERS else 1024
     return 16_384 if training else 65_536
 
 
@@ -369,7 +377,7 @@ def _from_storage(folder: Location, *, trust_remote_code: bool) -> Path:
     """A copy of the folder's files under the cache home, named by what the store says of them."""
     if folder.is_local:
         return Path(folder.path)
-    patterns = (*_WEIGHT_FILES, *_TEXT_FILES, *_PICKLES, *(("*.py",) if trust_remote_code else ()))
+    patterns = (*_WEIGHT_FILES, *_TEXT_FILES, *_CARD, *_PICKLES, *(("*.py",) if trust_remote_code else ()))
     try:
         files = [
             info for info in folder.list()
@@ -380,6 +388,7 @@ def _from_storage(folder: Location, *, trust_remote_code: bool) -> Path:
         facts = [(info.base_name, info.size, info.mtime_ns) for info in files]
         target = cache_home() / "fetched" / hashlib.sha256(json.dumps([folder.uri, facts]).encode()).hexdigest()[:32]
         if target.is_dir():
+            os.utime(target)  # used, see `storage.prune_cache`
             return target
         staged = target.with_name(f"_{target.name}.{uuid.uuid4().hex}")
         staged.mkdir(parents=True)

@@ -94,11 +94,14 @@ class FinishedModel:
 
 
 def hand_over(directory: Path, driver_node_id: str) -> FinishedModel:
-    """What a worker returns to the driver for a folder that it wrote."""
+    """What a worker returns to the driver for a folder that it wrote; only on the driver's node the folder stays."""
     here = node_id()
-    files = {} if here == driver_node_id else {
-        file.name: np.fromfile(file, dtype=np.uint8) for file in sorted(directory.iterdir()) if file.is_file()
-    }
+    files = {}
+    if here != driver_node_id:
+        files = {
+            file.name: np.fromfile(file, dtype=np.uint8) for file in sorted(directory.iterdir()) if file.is_file()
+        }
+        shutil.rmtree(directory)
     return FinishedModel(os.fspath(directory), here, files)
 
 

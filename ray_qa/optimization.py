@@ -81,11 +81,19 @@ def learning_rate_at(step: int, num_steps: int, args: QATrainArgs) -> float:
         return args.learning_rate * step / max(1, warmup)
     if args.lr_scheduler_type == "constant_with_warmup":
         return args.learning_rate
+    if args.lr_scheduler_type == "inverse_sqrt":
+        # Without warm-up transformers takes its default of 10,000 steps for the scale.
+        scale = warmup or 10_000
+        return args.learning_rate / math.sqrt((step - warmup + scale) / scale)
     left = max(1, num_steps - warmup)
+    done = (step - warmup) / left
     if args.lr_scheduler_type == "linear":
-        return args.learning_rate * max(0.0, (num_steps - step) / left)
-    if args.lr_scheduler_type == "cosine":
-        return args.learning_rate * max(0.0, 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / left)))
+        return args.learning_rate * max(0.0, 1.0 - done)
+    if args.lr_scheduler_type in ("cosine", "cosine_with_restarts"):  # one cycle, as by default
+        return args.learning_rate * max(0.0, 0.5 * (1.0 + math.cos(math.pi * done))) if done < 1 else 0.0
+    if args.lr_scheduler_type == "polynomial":  # of power 1, down to 1e-7, as by default
+        last = min(1e-7, args.learning_rate)
+        return (args.learning_rate - last) * max(0.0, 1.0 - done) + last
     raise OptionError(f"QATrainArgs.lr_scheduler_type is {args.lr_scheduler_type!r}; see its allowed values")
 
 
@@ -140,6 +148,8 @@ class Optimization:
         self.precision = precision
         self.device = next(model.parameters()).device
         self._make_inputs = make_inputs or self._all_inputs
+        if args.gradient_checkpointing:
+            _keep_fewer_activations(model)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world_size = dist.get_world_size() if dist.is_initialized() else 1
         self._names: list[str] = []
@@ -237,20 +247,23 @@ class Optimization:
         done: list[torch.Tensor] = []
         num_padded = 0
         self.model.train()
-        for positions in batches:
-            arrays = make_batch(positions)
-            mask = arrays["attention_mask"]
-            num_padded += mask.size
-            with self._autocast(), FastDropout():
-                output = self.model(**self._make_inputs(arrays))
-            losses = window_losses(
-                output.start_logits, output.end_logits,
-                None if mask.all() else to_device(mask, self.device),
-                to_device(arrays["start_positions"], self.device),
-                to_device(arrays["end_positions"], self.device),
-            )
-            losses.sum().backward()
-            done.append(losses.detach())
+        # The outer context keeps the weights' bf16 copies from one micro-batch to the next.
+        with self._autocast():
+            for positions in batches:
+                arrays = make_batch(positions)
+                mask = arrays["attention_mask"]
+                num_padded += mask.size
+                with FastDropout():
+                    output = self.model(**self._make_inputs(arrays))
+                with self._autocast(enabled=False):
+                    losses = window_losses(
+                        output.start_logits, output.end_logits,
+                        None if mask.all() else to_device(mask, self.device),
+                        to_device(arrays["start_positions"], self.device),
+                        to_device(arrays["end_positions"], self.device),
+                    )
+                    losses.sum().backward()
+                done.append(losses.detach())
         result = np.empty(num, dtype=np.float64)
         if done:
             result[np.concatenate(batches)] = torch.cat(done).double().cpu().numpy()
@@ -260,9 +273,9 @@ class Optimization:
         labels = ("start_positions", "end_positions")
         return {name: to_device(array, self.device) for name, array in arrays.items() if name not in labels}
 
-    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+    def _autocast(self, enabled: bool = True) -> contextlib.AbstractContextManager[object]:
         if self.precision == "bf16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+            return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
         return contextlib.nullcontext()
 
     def _add_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -320,6 +333,23 @@ class Optimization:
             # Fused AdamW keeps its counter of steps, a float32, beside the parameter.
             dtype = value.dtype if field == "step" else parameter.dtype
             self.optimizer.state[parameter][field] = value.to(parameter.device, dtype, copy=True)
+
+
+def _keep_fewer_activations(model: nn.Module) -> None:
+    # What is computed again must draw the same dropout; modes entered around the backward pass do not reach it.
+    options = {"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), FastDropout())}
+    try:
+        for name in ("activation", "gradient"):  # its name in newer and in older releases of transformers 5
+            enable: Callable[..., object] | None = getattr(model, f"{name}_checkpointing_enable", None)
+            if enable is not None:
+                enable(**{f"{name}_checkpointing_kwargs": options})
+                return
+        raise ValueError("it has no such switch")
+    except ValueError as error:
+        raise OptionError(
+            f"gradient_checkpointing is True, which this model cannot ({error}); allowed: False, and a smaller "
+            "tokens_per_batch where memory is short"
+        ) from error
 
 
 def _flat_gradients(parameters: Sequence[nn.Parameter]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -19,7 +19,12 @@ Precision = Literal["auto", "bf16", "fp32"]
 PairOrder = Literal["question_first", "context_first"]
 Normalization = Literal["squad", "mlqa"]
 Language = Literal["en", "es", "de", "ar", "hi", "vi", "zh", "ja", "th", "lo", "km", "my", "other"]
-SchedulerType = Literal["linear", "constant", "constant_with_warmup", "cosine"]
+SchedulerType = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+]
+EvalStrategy = Literal["no", "steps", "epoch"]
+Metric = Literal["loss", "exact_match", "f1"]
+Reporter = Literal["tensorboard", "mlflow", "wandb"]
 
 #: Happy Transformer's documented dictionary of training options.
 ARGS_QA_TRAIN: dict[str, float] = {
@@ -61,7 +66,7 @@ NotNegative = Range(low=0)
 Positive = Range(low=0, open_low=True)
 Beta = Range(low=0, high=1, open_high=True)
 Probability = Range(low=0, high=1)
-Target = Range(low=0, high=1, open_low=True, open_high=True)
+OpenShare = Range(low=0, high=1, open_low=True, open_high=True)
 
 
 class Options:
@@ -99,7 +104,7 @@ def _checked(owner: str, name: str, hint: Any, value: Any) -> Any:
     """``value`` as the type that ``hint`` asks for."""
     limits = [extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Range)]
     base = hint.__origin__ if hasattr(hint, "__metadata__") else hint
-    alternatives = typing.get_args(base) if typing.get_origin(base) is not Literal else ()
+    alternatives = typing.get_args(base) if typing.get_origin(base) not in (Literal, tuple) else ()
     optional = type(None) in alternatives
     if optional:
         if value is None:
@@ -109,6 +114,12 @@ def _checked(owner: str, name: str, hint: Any, value: Any) -> Any:
     def refuse(allowed: str) -> typing.NoReturn:
         raise OptionError(f"{owner}.{name} is {value!r}; allowed: {allowed}{' or None' if optional else ''}")
 
+    if typing.get_origin(base) is tuple:
+        (inner, _) = typing.get_args(base)
+        values = (value,) if isinstance(value, str) else value
+        if not isinstance(values, (list, tuple)):
+            refuse(f"one or several of {', '.join(map(repr, typing.get_args(inner)))}")
+        return tuple(dict.fromkeys(_checked(owner, name, inner, each) for each in values))
     if typing.get_origin(base) is Literal:
         choices = typing.get_args(base)
         if value not in choices:
@@ -192,7 +203,7 @@ class QATestArgs(AnswerOptions):
     min_probability: Annotated[float | None, Probability] = None
     """Mark answers that are right with a lower probability in the column `abstain`; the model must be calibrated."""
 
-    target_precision: Annotated[float | None, Target] = None
+    target_precision: Annotated[float | None, OpenShare] = None
     """Choose min_probability so that the answers above it are right with at least this share, as far as the rows of
     the calibration prove it (95 % confidence); a high target may be out of their reach."""
 
@@ -273,13 +284,38 @@ class QATrainArgs(ModelOptions):
     max_bad_rows: Annotated[float, NotNegative] = 0
     """Rows with unusable labels that are left out: a share when below 1, else a count; beyond it nothing is done."""
 
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass in place of keeping them: less memory, a third more work."""
+
+    eval_ratio: Annotated[float | None, OpenShare] = None
+    """Share of the input's contexts that is held out to evaluate on, with all their rows; in place of eval rows."""
+
+    eval_strategy: EvalStrategy | None = None
+    """When to evaluate: every eval_steps, after every epoch, or not before the end; None is 'steps' where eval_steps
+    is given, else 'epoch'. Takes rows to evaluate on; the end always counts."""
+
+    eval_steps: Annotated[int | None, AtLeastOne] = None
+    """Steps between two evaluations."""
+
+    metric_for_best_model: Metric | None = None
+    """What tells which model is best; None is 'loss'."""
+
+    load_best_model_at_end: bool | None = None
+    """Give the best model that an evaluation saw in place of the last; None is yes where metric_for_best_model or
+    early_stopping_patience is given."""
+
+    early_stopping_patience: Annotated[int | None, AtLeastOne] = None
+    """Stop after so many evaluations in a row that were not better than the best; None never stops early."""
+
+    early_stopping_threshold: Annotated[float, NotNegative] = 0.0
+    """By how much an evaluation must be better to count for early_stopping_patience."""
+
     logging_steps: Annotated[int, AtLeastOne] = 50
-    """Steps between two lines of progress."""
+    """Steps between two entries of the history, which are what report_to gets."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointOptions(Options):
-    """How a training survives the death of workers, nodes and drivers."""
+    report_to: tuple[Reporter, ...] = ("tensorboard",)
+    """Who is told the history as it grows: TensorBoard event files in the folder `runs` of the output, MLflow, Weights
+    & Biases (the last two have to be installed, and take their addresses and keys from the environment)."""
 
     save_steps: Annotated[int | None, AtLeastOne] = None
     """Steps between two checkpoints; None saves by time alone."""
@@ -288,10 +324,43 @@ class CheckpointOptions(Options):
     """Seconds between two checkpoints; None saves by steps alone."""
 
     save_total_limit: Annotated[int, AtLeastOne] = 2
-    """Checkpoints to keep, the newest."""
+    """Checkpoints to keep: the newest, and the best beside them."""
 
     max_failures: Annotated[int, NotNegative] = 3
     """Times that the workers are started again after one of them died."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval_steps is not None and self.eval_strategy in ("no", "epoch"):
+            raise OptionError(
+                f"eval_steps is {self.eval_steps} and eval_strategy is {self.eval_strategy!r}; allowed: eval_steps "
+                "with eval_strategy 'steps' or None"
+            )
+        if self.eval_strategy == "steps" and self.eval_steps is None:
+            raise OptionError("eval_strategy is 'steps' without eval_steps; allowed: both")
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best model is what comes out, not the last."""
+        if self.load_best_model_at_end is None:
+            return self.metric_for_best_model is not None or self.early_stopping_patience is not None
+        return self.load_best_model_at_end
+
+    def evaluates_after(self, num_done: int, num_steps: int, steps_per_epoch: int) -> bool:
+        """Whether an evaluation follows when ``num_done`` of ``num_steps`` steps are done."""
+        if num_done == num_steps:
+            return True
+        if self.eval_strategy == "no":
+            return False
+        return num_done % (steps_per_epoch if self.eval_steps is None else self.eval_steps) == 0
+
+
+_ONLY_WATCH = ("logging_steps", "report_to", "save_steps", "save_seconds", "save_total_limit", "max_failures")
+
+
+def training_options(args: QATrainArgs) -> dict[str, Any]:
+    """The options that decide which model comes out: all but those that watch and save."""
+    return {name: value for name, value in dataclasses.asdict(args).items() if name not in _ONLY_WATCH}
 
 
 def allowance(limit: float, num_rows: int) -> int:

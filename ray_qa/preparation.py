@@ -19,6 +19,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from ray_qa import cluster, preflight, schema
+from ray_qa import cluster, held_out, preflight, schema
 from ray_qa.bad_rows import refuse_bad_rows, write_quarantine
 from ray_qa.csv_index import CSVIndex
 from ray_qa.errors import BadRowsError, InputError
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray_qa")
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "_manifest.json"
 SURVEY_NAME = "prepare.json"
 #: Parts that a dry run looks at.
@@ -66,8 +67,10 @@ class Shard:
     num_windows: int
     num_tokens: int
     num_bad: int
-    """Rows that have no windows here."""
+    """Rows that can have no windows."""
     num_bytes: int
+    num_held_out: int = 0
+    """Usable rows without windows here, because they are to be evaluated on."""
 
 
 @dataclass
@@ -129,6 +132,8 @@ class Prepared:
     shards: tuple[Shard, ...]
     report: PreparationReport
     reused: bool
+    held_out_limit: int | None = None
+    """Which rows are held out, see `held_out`."""
 
     @property
     def num_rows(self) -> int:
@@ -138,7 +143,12 @@ class Prepared:
     @property
     def num_used_rows(self) -> int:
         """Rows that have windows."""
-        return self.num_rows - self.report.num_bad
+        return self.num_rows - self.report.num_bad - self.num_held_out_rows
+
+    @property
+    def num_held_out_rows(self) -> int:
+        """Rows to be evaluated on in place."""
+        return sum(shard.num_held_out for shard in self.shards)
 
     @property
     def num_windows(self) -> int:
@@ -158,6 +168,8 @@ class _Plan:
     key: str
     handle_impossible_answer: bool
     skip_bad_parts: bool
+    seed: int = 0
+    held_out_limit: int | None = None
 
 
 def prepare(index: CSVIndex, maker: WindowMaker, args: QATrainArgs, home: Location) -> Prepared:
@@ -176,17 +188,37 @@ def prepare(index: CSVIndex, maker: WindowMaker, args: QATrainArgs, home: Locati
     if index.num_rows == 0:
         files = ", ".join(file.location.uri for file in index.files)
         raise InputError(f"{files}: there is no row to train on, only a header; allowed: at least one row")
-    key = content_key(index, maker, args)
+    limit = None if args.eval_ratio is None else _held_out_limit(index, args.seed, args.eval_ratio)
+    key = content_key(index, maker, args, limit)
     folder = home / key
-    prepared = _published(folder, key, maker)
+    prepared = _published(folder, key, maker, limit)
     if prepared is None:
-        prepared = _prepare(index, maker, args, folder, key)
+        prepared = _prepare(index, maker, args, folder, key, limit)
     try:
         _refuse_bad_rows(prepared.report, index, args)
     except BadRowsError:
-        folder.filesystem.delete_dir(folder.path)
+        # Shards of an input of which no row may be bad are of no use to anybody; others may be in another run's use.
+        if args.max_bad_rows == 0:
+            folder.filesystem.delete_dir(folder.path)
         raise
+    if limit is not None and not (prepared.num_held_out_rows and prepared.num_windows):
+        raise InputError(
+            f"eval_ratio is {args.eval_ratio:g}, which leaves {prepared.num_held_out_rows:,} usable rows to evaluate "
+            f"on and {prepared.num_windows:,} windows to train on; allowed: another eval_ratio or seed, or rows of "
+            "their own to evaluate on"
+        )
     return prepared
+
+
+def _held_out_limit(index: CSVIndex, seed: int, ratio: float) -> int:
+    """See `held_out.limit_of`; eight bytes a context come to the driver."""
+    find = partial(_context_keys, seed)
+    found = [np.zeros(0, np.uint64), *map_parts(find, index, columns=[schema.CONTEXT])]
+    return held_out.limit_of(np.unique(np.concatenate(found)), ratio)
+
+
+def _context_keys(seed: int, table: pa.Table) -> held_out.Keys:
+    return np.unique(held_out.context_keys(table[schema.CONTEXT].to_pylist(), seed))
 
 
 def keep_bad_rows(
@@ -197,7 +229,7 @@ def keep_bad_rows(
     write_quarantine(index, bad, folder, args.handle_impossible_answer, maker=maker)
 
 
-def content_key(index: CSVIndex, maker: WindowMaker, args: QATrainArgs) -> str:
+def content_key(index: CSVIndex, maker: WindowMaker, args: QATrainArgs, held_out_limit: int | None = None) -> str:
     """A hash of all that decides the content of the shards: equal keys mean equal shards."""
     backend = maker.tokenizer.backend_tokenizer
     backend.no_truncation()
@@ -205,7 +237,7 @@ def content_key(index: CSVIndex, maker: WindowMaker, args: QATrainArgs) -> str:
     parts = [
         str(FORMAT), index.digest, str(index.num_parts), backend.to_str(), repr(maker.template),
         str(maker.max_seq_length), str(maker.doc_stride), str(args.handle_impossible_answer),
-        str(args.max_bad_rows == 0),
+        str(args.max_bad_rows == 0), "" if held_out_limit is None else f"{args.seed} {held_out_limit}",
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
@@ -215,7 +247,7 @@ def shard_name(first_row: int) -> str:
     return f"shard-{first_row:012d}.arrow"
 
 
-def _published(folder: Location, key: str, maker: WindowMaker) -> Prepared | None:
+def _published(folder: Location, key: str, maker: WindowMaker, held_out_limit: int | None) -> Prepared | None:
     """What a finished preparation left, if every shard is there in full."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes().to_pybytes())
@@ -229,15 +261,22 @@ def _published(folder: Location, key: str, maker: WindowMaker) -> Prepared | Non
     if any(sizes.get(shard.name) != shard.num_bytes for shard in shards):
         return None
     report = PreparationReport.from_json(manifest["report"])
+    if folder.is_local:
+        os.utime(folder.path)  # used, see `storage.prune_cache`
     return Prepared(
-        folder, key, maker.template, maker.max_seq_length, maker.doc_stride, shards, report, reused=True
+        folder, key, maker.template, maker.max_seq_length, maker.doc_stride, shards, report, reused=True,
+        held_out_limit=held_out_limit,
     )
 
 
-def _prepare(index: CSVIndex, maker: WindowMaker, args: QATrainArgs, folder: Location, key: str) -> Prepared:
+def _prepare(
+    index: CSVIndex, maker: WindowMaker, args: QATrainArgs, folder: Location, key: str, held_out_limit: int | None
+) -> Prepared:
     folder.make_folder()
     cluster.connect()
-    plan = _Plan(maker, folder, key, args.handle_impossible_answer, args.max_bad_rows == 0)
+    plan = _Plan(
+        maker, folder, key, args.handle_impossible_answer, args.max_bad_rows == 0, args.seed, held_out_limit
+    )
     function = partial(_make_shard_in_task, key, [ray.put(plan)])
     shards, report = [], PreparationReport()
     for facts, num_bytes in map_parts(function, index, columns=schema.TRAIN_COLUMNS):
@@ -252,7 +291,7 @@ def _prepare(index: CSVIndex, maker: WindowMaker, args: QATrainArgs, folder: Loc
     (folder / MANIFEST).publish(json.dumps(manifest, ensure_ascii=False).encode())
     return Prepared(
         folder, key, maker.template, maker.max_seq_length, maker.doc_stride, tuple(shards), report,
-        reused=False,
+        reused=False, held_out_limit=held_out_limit,
     )
 
 
@@ -369,7 +408,7 @@ def _summary_of(found: Survey, index: CSVIndex, maker: WindowMaker, args: QATrai
 
 def _survey_part(maker: WindowMaker, handle_impossible_answer: bool, table: pa.Table) -> Survey:
     first_row = table.column(schema.ROW_INDEX)[0].as_py()
-    report, made = _check_and_cut(maker, handle_impossible_answer, table)
+    report, made, _ = _check_and_cut(maker, handle_impossible_answer, table)
     return Survey(
         report=report, lengths=Counter(made.lengths.tolist()),
         num_rows_in_many_windows=int(np.count_nonzero(np.bincount(made.row) > 1)) if made.num_windows else 0,
@@ -378,9 +417,10 @@ def _survey_part(maker: WindowMaker, handle_impossible_answer: bool, table: pa.T
 
 
 def _check_and_cut(
-    maker: WindowMaker, handle_impossible_answer: bool, table: pa.Table, *, skip_bad: bool = False
-) -> tuple[PreparationReport, Windows]:
-    """The label report of a part and the windows of its usable rows.
+    maker: WindowMaker, handle_impossible_answer: bool, table: pa.Table, *, skip_bad: bool = False, seed: int = 0,
+    held_out_limit: int | None = None,
+) -> tuple[PreparationReport, Windows, int]:
+    """The label report of a part, the windows of its usable rows, and how many of these rows are held out.
 
     With ``skip_bad`` a part that has bad rows gives no windows.
     """
@@ -390,6 +430,10 @@ def _check_and_cut(
     usable = np.flatnonzero(check.usable)
     if skip_bad and len(usable) < len(table):
         usable = usable[:0]  # The input will be refused: only the totals matter any more.
+    num_held_out = 0
+    if held_out_limit is not None:
+        away = held_out.is_held_out(table[schema.CONTEXT].to_pylist(), seed, held_out_limit)[usable]
+        num_held_out, usable = int(away.sum()), usable[~away]
     chosen = table.take(pa.array(usable))
     made = maker.make(
         chosen.column(schema.CONTEXT).to_pylist(), chosen.column(schema.QUESTION).to_pylist(),
@@ -398,7 +442,7 @@ def _check_and_cut(
     ).for_rows(usable)
     report.num_without_windows = len(made.errors)
     report.without_windows = sorted((first_row + row, why) for row, why in made.errors.items())[:_NAMED_ROWS]
-    return report, made
+    return report, made, num_held_out
 
 
 # --- in the tasks -----------------------------------------------------------------------------------
@@ -426,10 +470,14 @@ def make_shard(plan: _Plan, table: pa.Table) -> tuple[Facts, int]:
     found = _read_facts(target, plan.key)
     if found is not None:
         return found
-    report, made = _check_and_cut(plan.maker, plan.handle_impossible_answer, table, skip_bad=plan.skip_bad_parts)
+    report, made, num_held_out = _check_and_cut(
+        plan.maker, plan.handle_impossible_answer, table, skip_bad=plan.skip_bad_parts, seed=plan.seed,
+        held_out_limit=plan.held_out_limit,
+    )
     shard = {
         "name": target.name, "first_row": first_row, "num_rows": len(table),
         "num_windows": made.num_windows, "num_tokens": int(made.lengths.sum()), "num_bad": report.num_bad,
+        "num_held_out": num_held_out,
     }
     facts: Facts = {"key": plan.key, "shard": shard, "report": report.to_json()}
     data = _shard_bytes(made, first_row, facts)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from ray_qa import engine, evaluation, prediction, results, schema, training
+from ray_qa import engine, evaluation, hub, prediction, results, schema, training
 from ray_qa.errors import InputError, OptionError
 from ray_qa.evaluation import EvalResult
 from ray_qa.model import ModelSource, as_source, load_model, resolve_model
@@ -75,7 +75,8 @@ class HappyQuestionAnswering:
         """Fine-tune the model on CSV files with the columns context, question, answer_text, answer_start.
 
         From here on the object uses the tuned model; another call trains on. ``args`` is a dictionary or
-        `QATrainArgs`; what a dictionary leaves out keeps its default.
+        `QATrainArgs`; what a dictionary leaves out keeps its default. ``eval_filepath`` names rows to evaluate on
+        while it trains; ``eval_ratio`` in ``args`` holds some out instead.
 
         Raises:
             BadRowsError: rows whose answer does not stand at answer_start; lists the first ten.
@@ -168,6 +169,20 @@ class HappyQuestionAnswering:
         files = [file for file in Path(self._source.directory).iterdir() if file.is_file()]
         for file in sorted(files, key=lambda file: (file.name == "config.json", file.name)):
             (target / file.name).publish(pa.memory_map(os.fspath(file)).read_buffer())
+
+    def push(self, repo_name: str, private: bool = True, *, token: str | bool | None = None) -> str:
+        """Send the model, and after a training its card, to the Hugging Face Hub; gives the repository's address.
+
+        Args:
+            repo_name: NAME or OWNER/NAME; made where it is missing.
+            private: whether a repository that is made for it is private.
+            token: one that may write; None takes HF_TOKEN or the login that huggingface_hub keeps.
+
+        Raises:
+            OptionError: no possible name.
+            WorkError: the hub is out of reach, or refuses.
+        """
+        return hub.push_folder(self._source.directory, repo_name, private=private, token=token)
 
     def _local_engine(self, args: QATestArgs) -> engine.Engine:
         source: ModelSource = as_source(self._source)

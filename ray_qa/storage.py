@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +40,27 @@ def cache_home() -> Path:
     """The one folder for everything that can be made again: $RAY_QA_HOME, else ~/.cache/ray_qa."""
     home = os.environ.get("RAY_QA_HOME")
     return Path(home).expanduser().absolute() if home else Path.home() / ".cache" / "ray_qa"
+
+
+#: What lies under the cache home, each entry by itself; none is missed that nobody used for so long.
+_CACHES = ("windows", "staged", "models", "fetched", "runs", "checkpoints")
+_CACHE_DAYS = 30
+
+
+def prune_cache(days: float = _CACHE_DAYS) -> None:
+    """Delete what killed runs left under the cache home, and what was not used for ``days`` days."""
+    oldest = time.time() - days * 86_400
+    for name in _CACHES:
+        for entry in local_glob.glob(str(cache_home() / name / "*")):
+            with contextlib.suppress(OSError):  # gone already, or somebody else's
+                if _newest_change(Path(entry)) < oldest:
+                    shutil.rmtree(entry) if os.path.isdir(entry) else os.unlink(entry)
+
+
+def _newest_change(path: Path) -> float:
+    """When the entry or anything right inside it changed last, in seconds since the epoch."""
+    inside = path.iterdir() if path.is_dir() else ()
+    return max(entry.stat().st_mtime for entry in (path, *inside))
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def imported_by(statement: str) -> set[str]:
     ["errors", "options", "schema", "storage", "parquet_files"]
     + ["csv_file", "csv_scan", "csv_parse", "csv_index"]
     + ["labels", "windows", "batches", "spans", "metrics", "golds", "slices", "comparison", "calibration", "report"]
-    + ["results", "folder_lock", "progress"]
+    + ["results", "folder_lock", "progress", "held_out", "journal", "reporters", "model_card", "hub"]
     + ["cli"],
 )
 def test_import_of_module_is_light(name: str) -> None:

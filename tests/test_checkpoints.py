@@ -33,6 +33,17 @@ def test_what_was_saved_is_read_back_and_the_newest_are_kept(tmp_path: Path) -> 
     ]
 
 
+def test_one_that_is_named_is_kept_besides_the_newest(tmp_path: Path) -> None:
+    folder = locate(tmp_path)
+    writer = CheckpointWriter(folder, keep=1)
+    steps = []
+    for step, best in ((1, 1), (2, 1), (3, 1), (4, 4), (5, 4), (6, None)):
+        writer.save(step, tensors(step), {}, keep_step=best)
+        writer.close()
+        steps.append([checkpoint.step for checkpoint in find_checkpoints(folder)])
+    assert steps == [[1], [1, 2], [1, 3], [4], [4, 5], [6]]
+
+
 def test_saving_copies_before_the_loop_goes_on(tmp_path: Path) -> None:
     folder = locate(tmp_path)
     weight = torch.zeros(1000)

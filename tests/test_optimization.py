@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from ray_qa.errors import WorkError
+from ray_qa.errors import OptionError, WorkError
 from ray_qa.model import window_losses
 from ray_qa.optimization import (
     DivergedError,
@@ -22,12 +23,13 @@ from ray_qa.optimization import (
     learning_rate_at,
     num_steps_of,
 )
-from ray_qa.options import QATrainArgs
+from ray_qa.options import QATrainArgs, SchedulerType
 
 ARGS = QATrainArgs(
     learning_rate=1e-3, weight_decay=0.1, num_train_epochs=3.5, batch_size=8, warmup_steps=3, max_grad_norm=0.5,
 )
 VOCABULARY = 60
+SCHEDULERS = typing.get_args(SchedulerType)
 
 
 def tiny_bert(*, dropout: float = 0.0, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -183,7 +185,7 @@ def test_a_loss_that_is_no_number_stops_every_rank_and_names_the_row(ranks: Path
     assert str(order(37, 8, 0)[1]) in messages[0].split("row_index): ")[1]
 
 
-@pytest.mark.parametrize("scheduler", ["linear", "cosine", "constant", "constant_with_warmup"])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_twenty_steps_equal_the_trainers(scheduler: str, tmp_path: Path) -> None:
     """float64, weight decay 0.1, warm-up, clipping, 37 windows in batches of 8, 3.9 epochs.
 
@@ -250,7 +252,7 @@ def test_decay_groups_are_the_trainers(tmp_path: Path) -> None:
     assert (decaying["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
 
 
-@pytest.mark.parametrize("scheduler", ["linear", "cosine", "constant", "constant_with_warmup"])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("warmup", [0, 4, 0.15])
 def test_learning_rates_are_transformers(scheduler: str, warmup: float) -> None:
     from transformers import get_scheduler
@@ -332,6 +334,38 @@ def test_an_infinite_gradient_stops_and_leaves_the_weights() -> None:
     with pytest.raises(DivergedError, match=r"step 0 of 6: .* norm is (nan|inf).*row_index\): 0, 1, 2;"):
         run(optimization, corpus, range(1))
     assert torch.equal(flat(model), before)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_gradient_checkpointing_changes_nothing_but_the_memory(dropout: float) -> None:
+    """With dropout too: what is computed again draws the same numbers, also where `FastDropout` draws them."""
+    corpus = Corpus.make(64, low=30, high=40)
+
+    def trained(checkpointing: bool) -> tuple[torch.Tensor, int]:
+        kept = 0
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += tensor.nbytes
+            return tensor
+
+        model = tiny_bert(dropout=dropout)
+        args = dataclasses.replace(ARGS, batch_size=32, gradient_checkpointing=checkpointing)
+        optimization = Optimization(model, args, num_steps=4, tokens_per_batch=4096)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            run(optimization, corpus, range(1))
+        run(optimization, corpus, range(1, 4))
+        return flat(model), kept
+
+    (plain, kept), (checkpointed, kept_less) = trained(False), trained(True)
+    assert (plain - checkpointed).abs().max() < 1e-12
+    assert kept_less < kept / 2
+
+
+def test_a_model_that_cannot_checkpoint_is_refused() -> None:
+    args = dataclasses.replace(ARGS, gradient_checkpointing=True)
+    with pytest.raises(OptionError, match="gradient_checkpointing is True, which this model cannot"):
+        Optimization(ScarceMemory(tiny_bert(), limit=8), args, num_steps=4, tokens_per_batch=4096)
 
 
 def test_dropout_is_a_function_of_seed_step_and_rank() -> None:

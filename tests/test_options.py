@@ -7,7 +7,7 @@ import pytest
 
 from ray_qa.errors import OptionError
 from ray_qa.metrics import LANGUAGES
-from ray_qa.options import ARGS_QA_TRAIN, Language, QAEvalArgs, QATestArgs, QATrainArgs, allowance
+from ray_qa.options import ARGS_QA_TRAIN, Language, QAEvalArgs, QATestArgs, QATrainArgs, allowance, training_options
 
 
 def test_documented_dictionary_is_the_default() -> None:
@@ -45,6 +45,12 @@ def test_evaluation_defaults_to_full_precision() -> None:
         ({"delimiter": "|"}, "'|'", "',', ';', 'tab' or None"),
         ({"handle_impossible_answer": 1}, "1", "True, False"),
         ({"max_steps": 0}, "0", "at least 1 or None"),
+        ({"report_to": "paper"}, "'paper'", "'tensorboard', 'mlflow', 'wandb'"),
+        ({"report_to": ["mlflow", 3]}, "3", "'tensorboard', 'mlflow', 'wandb'"),
+        ({"report_to": 3}, "3", "one or several of 'tensorboard'"),
+        ({"eval_ratio": 1.0}, "1.0", "below 1"),
+        ({"eval_steps": 5, "eval_strategy": "epoch"}, "eval_steps is 5", "'steps' or None"),
+        ({"eval_strategy": "steps"}, "without eval_steps", "both"),
         (7, "int", "QATrainArgs"),
     ],
 )
@@ -59,6 +65,43 @@ def test_languages_are_those_that_can_be_normalized() -> None:
     assert QAEvalArgs(normalization="mlqa", language="zh").language == "zh"
     with pytest.raises(OptionError, match="'xx'; allowed: 'en', 'es'.*'other'"):
         QAEvalArgs.of({"language": "xx"})
+
+
+def test_reporters_are_one_or_several() -> None:
+    assert QATrainArgs().report_to == ("tensorboard",)
+    assert QATrainArgs.of({"report_to": "mlflow"}).report_to == ("mlflow",)
+    assert QATrainArgs.of({"report_to": ["wandb", "mlflow", "wandb"]}).report_to == ("wandb", "mlflow")
+    assert QATrainArgs.of({"report_to": []}).report_to == ()
+
+
+def test_when_to_evaluate() -> None:
+    def steps(**options: object) -> list[int]:
+        args = QATrainArgs.of(options)
+        return [done for done in range(1, 11) if args.evaluates_after(done, 10, 4)]
+
+    assert steps() == steps(eval_strategy="epoch") == [4, 8, 10]
+    assert steps(eval_steps=3) == steps(eval_steps=3, eval_strategy="steps") == [3, 6, 9, 10]
+    assert steps(eval_strategy="no") == [10]
+
+
+@pytest.mark.parametrize(
+    ("options", "keeps"),
+    [
+        ({}, False), ({"metric_for_best_model": "f1"}, True), ({"early_stopping_patience": 1}, True),
+        ({"load_best_model_at_end": True}, True),
+        ({"load_best_model_at_end": False, "metric_for_best_model": "f1"}, False),
+    ],
+)
+def test_whether_the_best_model_comes_out(options: dict[str, object], keeps: bool) -> None:
+    assert QATrainArgs.of(options).keeps_best is keeps
+
+
+def test_options_that_only_watch_do_not_make_another_training() -> None:
+    watching = QATrainArgs(
+        logging_steps=3, report_to=(), save_steps=1, save_seconds=None, save_total_limit=9, max_failures=0
+    )
+    assert training_options(watching) == training_options(QATrainArgs())
+    assert training_options(QATrainArgs(eval_steps=3)) != training_options(QATrainArgs())
 
 
 def test_options_are_frozen() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,6 +22,26 @@ def test_publish_shows_all_or_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
         target.publish(b"second, longer")
     assert target.read_bytes().to_pybytes() == b"first"
     assert os.listdir(tmp_path / "deep") == ["file.bin"]
+
+
+def test_what_nobody_used_for_long_leaves_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_QA_HOME", str(tmp_path))
+    old = time.time() - 31 * 86_400
+    for name, file in (("windows/old", "shard"), ("windows/used", "shard"), ("models/grown", "weights"),
+                       ("trained/result", "weights"), ("other/old", "file")):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / file).write_text("x")
+        os.utime(tmp_path / name / file, (old, old))
+        os.utime(tmp_path / name, (old, old))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "left.json").write_text("x")
+    os.utime(tmp_path / "runs" / "left.json", (old, old))
+    os.utime(tmp_path / "windows" / "used")
+    os.utime(tmp_path / "models" / "grown" / "weights")
+    storage.prune_cache()
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*"))
+    # A trained model is a result, and what does not belong here is somebody else's.
+    assert left == ["models/grown", "other/old", "trained/result", "windows/used"]
 
 
 def test_ranges_and_streams(tmp_path: Path) -> None:

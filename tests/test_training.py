@@ -28,16 +28,22 @@ from ray_qa import progress, schema
 from ray_qa.batches import TrainingSampler, collate, rank_slice
 from ray_qa.csv_index import CSVIndex, index_csv
 from ray_qa.csv_parse import read_part
-from ray_qa.errors import BadRowsError, InputError, OutputError, WorkError
-from ray_qa.evaluation import evaluate
+from ray_qa.engine import Engine
+from ray_qa.errors import BadRowsError, InputError, OptionError, OutputError, WorkError
+from ray_qa.evaluation import evaluate, score_rows
+from ray_qa.folder_lock import FolderLock
+from ray_qa.held_out import context_keys, limit_of
 from ray_qa.labels import LabelReport
 from ray_qa.model import ModelSource, load_model, load_tokenizer, resolve_model
 from ray_qa.optimization import Optimization, num_steps_of
-from ray_qa.options import CheckpointOptions, QATrainArgs
+from ray_qa.options import AnswerOptions, QATrainArgs
+from ray_qa.prediction import labelled_rows
 from ray_qa.preparation import PreparationReport, Prepared, Shard, _Plan, make_shard, prepare
-from ray_qa.storage import locate
-from ray_qa.training import PreparedWindows, train, train_windows
+from ray_qa.prepared_windows import PreparedWindows
+from ray_qa.storage import cache_home, locate
+from ray_qa.training import train, train_windows
 from ray_qa.windows import WindowMaker
+from tests.test_reporters import events_in
 
 Row = tuple[str, str, str, str]
 TWO_ROWS: list[Row] = [
@@ -220,7 +226,9 @@ class TestOnRay:
     ) -> None:
         """float64, no dropout, weight decay, partial batches, a last epoch cut short: weights and losses to 1e-9."""
         index = index_of(tmp_path, 43)
-        args = QATrainArgs(learning_rate=1e-3, weight_decay=0.1, num_train_epochs=14.6, logging_steps=1)
+        args = QATrainArgs(
+            learning_rate=1e-3, weight_decay=0.1, num_train_epochs=14.6, logging_steps=1, save_steps=7, max_failures=1
+        )
         prepared = prepare(index, maker_of(tiny_model), args, locate(tmp_path / "windows"))
         folder = tmp_path / "checkpoints"
         killed: list[int] = []
@@ -234,7 +242,7 @@ class TestOnRay:
         killer.start()
         done = train_windows(
             prepared, source, args, scaling=TWO_WORKERS, precision="fp32", dtype="float64",
-            checkpoint_folder=locate(folder), checkpoints=CheckpointOptions(save_steps=7, max_failures=1),
+            checkpoint_folder=locate(folder),
         )
         killer.join()
         assert killed and done.journal.resumed_at_steps and done.journal.resumed_at_steps[0] % 7 == 0
@@ -264,6 +272,48 @@ class TestOnRay:
             assert (value - weights[name]).abs().max() < 1e-9, name
         shutil.rmtree(again.model.directory)
 
+    def test_watched_the_best_model_comes_out_and_its_story_stands_beside_it(
+        self, tiny_model: Path, tmp_path: Path
+    ) -> None:
+        """Contexts held out, steps too large for them, early stopping; card, curves and event files."""
+        path = write(tmp_path / "rows.csv", rows_of(90))
+        args = QATrainArgs(
+            learning_rate=0.02, lr_scheduler_type="constant", max_steps=60, precision="fp32", eval_ratio=0.3,
+            eval_steps=4, early_stopping_patience=2, logging_steps=4, max_seq_length=64, doc_stride=8,
+        )
+        result = train(path, model=str(tiny_model), args=args, output=tmp_path / "tuned")
+        assert result.num_held_out_rows == 27 and result.num_used_rows == 63
+        assert result.stopped_early and result.best is not None
+        assert result.model_step == result.best["step"] == result.num_steps - 8 < 60
+        assert [line["step"] for line in result.evaluations] == list(range(4, result.num_steps + 1, 4))
+        assert min(line["loss"] for line in result.evaluations) == result.best["loss"]
+        assert {line["num_rows"] for line in result.evaluations} == {27}
+        assert 0 < result.share_of_peak < 1 and result.saving_seconds > 0
+
+        # The very rows that were held out, and the very weights that were best.
+        keys = context_keys([row[0] for row in rows_of(90)], args.seed)
+        limit = limit_of(np.unique(keys), 0.3)
+        held_out = [row for row, key in zip(rows_of(90), keys, strict=True) if key < limit]
+        assert len(held_out) == 27
+        index = index_csv([locate(write(tmp_path / "out.csv", held_out))], required_columns=schema.TRAIN_COLUMNS)
+        loaded = load_model(tmp_path / "tuned", device="cpu", precision="fp32")
+        engine = Engine(loaded, AnswerOptions(max_seq_length=64, doc_stride=8))
+        table = labelled_rows(read_part(index.files[0], next(iter(index.parts()))), False)
+        assert score_rows(table, engine.answer(table, with_loss=True)).loss == pytest.approx(
+            result.best["loss"], rel=1e-5
+        )
+
+        card = (tmp_path / "tuned" / "README.md").read_text()
+        assert "| trained on | rows.csv |" in card and str(tmp_path) not in card
+        assert f"| step of this model | {result.model_step} |" in card
+        assert (tmp_path / "tuned" / "training.png").read_bytes().startswith(b"\x89PNG")
+        events = events_in(tmp_path / "tuned" / "runs")
+        for kind, lines in (("train", result.history), ("eval", result.evaluations)):
+            for name in ("loss", "windows_per_second" if kind == "train" else "f1"):
+                told = [(step, values[f"{kind}/{name}"]) for step, values in events if f"{kind}/{name}" in values]
+                assert told == [(line["step"], pytest.approx(line[name])) for line in lines]
+        assert not list((cache_home() / "checkpoints").glob("*"))
+
     @pytest.mark.slow
     def test_after_the_death_of_the_driver_the_same_call_goes_on(
         self, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -273,15 +323,14 @@ class TestOnRay:
         path = write(tmp_path / "rows.csv", rows_of(43))
         call = textwrap.dedent(f"""
             import ray
-            from ray_qa.options import QATrainArgs
-            from ray_qa.options import CheckpointOptions
+            from ray_qa.options import AnswerOptions, QATrainArgs
+from ray_qa.prediction import labelled_rows
             from ray_qa.training import train
 
             def run(output, max_steps=100):
                 return train(
                     {str(path)!r}, model={str(tiny_model)!r}, output=output,
-                    args=QATrainArgs(learning_rate=1e-3, max_steps=max_steps, precision="fp32"),
-                    checkpoints=CheckpointOptions(save_steps=10),
+                    args=QATrainArgs(learning_rate=1e-3, max_steps=max_steps, precision="fp32", save_steps=10),
                 )
         """)
         address = ray.get_runtime_context().gcs_address
@@ -336,6 +385,42 @@ class TestOnRay:
         with pytest.raises(BadRowsError, match=r"bad\.csv, record 2, column answer_text"):
             train(path, model=str(tiny_model), output=tmp_path / "tuned")
         assert not (tmp_path / "tuned").exists()
+
+
+@pytest.mark.slow
+def test_weights_after_kills_are_those_of_a_training_left_alone() -> None:
+    """A worker, a driver, a node that is replaced, and a node whose loss changes the number of workers."""
+    command = [sys.executable, REPOSITORY / "benchmarks" / "training_kills.py", "--runs", "4"]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [*command, "--kinds", "worker,driver,node,elastic"], env=environment, capture_output=True, text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["kills"] == dict.fromkeys(
+        ("worker", "driver", "node", "elastic"), 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "eval_paths", "message"),
+    [
+        ({"eval_ratio": 0.5}, "rows.csv", "eval_ratio is 0.5 and there are rows of their own"),
+        ({"eval_steps": 5}, None, "eval_steps is 5 and there are no rows to evaluate on"),
+        ({"early_stopping_patience": 2}, None, "early_stopping_patience is 2 and there are no rows"),
+    ],
+)
+def test_evaluations_that_cannot_be(
+    options: dict[str, Any], eval_paths: str | None, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(OptionError, match=message):
+        train(tmp_path / "rows.csv", model="m", args=QATrainArgs.of(options), eval_paths=eval_paths)
+
+
+def test_a_folder_is_one_trainings_at_a_time(tiny_model: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "two.csv", TWO_ROWS)
+    with FolderLock(locate(tmp_path)), pytest.raises(OutputError, match="another job is at work in this folder"):
+        train(path, model=str(tiny_model), output=tmp_path)
 
 
 def test_what_cannot_be_an_output_is_refused_first(tiny_model: Path, tmp_path: Path) -> None:
