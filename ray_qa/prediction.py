@@ -517,18 +517,12 @@ class PredictionWorker:
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[bytes]]]:
         if self.failure is not None:
             raise self.failure
-        # Told after 1, 2, 4, ... parts, whatever the clock says: where a worker dies, another does the same call again,
-        # and what came out before is taken as the first items of what comes out then.
-        reports: list[PartReport] = []
-        num_parts = 0
-        for part, table, windows in self._prepared(batch):
-            reports.append(self._found(part) or self._answer(part, table, windows))
-            num_parts += 1
-            if num_parts & (num_parts - 1) == 0:
-                yield {"reports": [cluster.pack(reports)]}
-                reports = []
-        if reports:
-            yield {"reports": [cluster.pack(reports)]}
+        # Told once, at the end: where a worker dies another does the same call again, and Ray takes what came out before
+        # for the first items of what comes out then. And each item more would wait for the driver to take it.
+        reports = [
+            self._found(part) or self._answer(part, table, windows) for part, table, windows in self._prepared(batch)
+        ]
+        yield {"reports": [cluster.pack(reports)]}
 
     def _prepared(self, batch: dict[str, Any]) -> Iterator[tuple[Part, pa.Table, Windows | None]]:
         if reading.PARTS in batch:
