@@ -517,8 +517,8 @@ class PredictionWorker:
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, list[bytes]]]:
         if self.failure is not None:
             raise self.failure
-        # Told once, at the end: where a worker dies another does the same call again, and Ray takes what came out before
-        # for the first items of what comes out then. And each item more would wait for the driver to take it.
+        # Told once, at the end: where a worker dies another makes the same call again, and Ray takes what came before
+        # for the first items of what comes then. And each item more would wait for the driver to take it.
         reports = [
             self._found(part) or self._answer(part, table, windows) for part, table, windows in self._prepared(batch)
         ]
