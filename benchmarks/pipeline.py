@@ -73,7 +73,9 @@ class NullEngine:
             tokenizer, longest = load_tokenizer(os.fspath(local_directory(job.model)))
             self._maker = window_maker(tokenizer, job.options, model_max_length=longest)
 
-    def answer(self, table: pa.Table, windows: Any = None, *, with_loss: bool = False) -> EngineOutput:
+    def answer(
+        self, table: pa.Table, windows: Any = None, *, with_loss: bool = False, top_k: int = 1
+    ) -> EngineOutput:
         from ray_qa import schema
         from ray_qa.engine import EngineOutput, make_windows
 
