@@ -99,7 +99,7 @@ def test_map_parts_covers_all_rows(tmp_path: Path) -> None:
 
 
 def test_chunks_of_a_large_file_are_scanned_by_tasks() -> None:
-    found = list(reading._map_on_cluster(lambda item: (item, os.getpid()), range(9)))
+    found = list(reading._map_on_cluster([], None, lambda item: (item, os.getpid()), range(9)))
     assert [item for item, _ in found] == list(range(9))
     assert os.getpid() not in {process for _, process in found}
 

@@ -141,10 +141,10 @@ def test_a_manifest_cannot_name_files(tmp_path: Path, name: str, first_row: obje
     class Maker:
         template, max_seq_length, doc_stride = None, 8, 2
 
-    assert _published(locate(tmp_path / "work"), "key", Maker()) is None  # type: ignore[arg-type]
+    assert _published(locate(tmp_path / "work"), "key", Maker(), None) is None  # type: ignore[arg-type]
     good = shard | {"name": shard_name(0), "first_row": 0}
     (tmp_path / "work" / preparation.MANIFEST).write_text(json.dumps(manifest | {"shards": [good]}))
-    assert _published(locate(tmp_path / "work"), "key", Maker()) is not None  # type: ignore[arg-type]
+    assert _published(locate(tmp_path / "work"), "key", Maker(), None) is not None  # type: ignore[arg-type]
 
 
 class _Forbids(BaseHTTPRequestHandler):

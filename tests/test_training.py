@@ -250,7 +250,7 @@ class TestOnRay:
         assert done.num_workers == 2 and done.num_steps == len(losses) == math.ceil(14.6 * done.steps_per_epoch) > 100
         assert [line["step"] for line in done.journal.lines] == list(range(1, done.num_steps + 1))
         np.testing.assert_allclose([line["loss"] for line in done.journal.lines], losses, rtol=0, atol=1e-9)
-        trained = load_model(done.model.directory, device="cpu", precision="fp32").model.state_dict()
+        trained = load_model(done.model.directory, device="cpu", precision="fp32", for_training=True).model.state_dict()
         for name, value in load_file(Path(done.model.directory, "model.safetensors")).items():
             assert value.dtype == torch.float64
             assert (value - weights[name]).abs().max() < 1e-9, name
