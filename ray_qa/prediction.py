@@ -519,9 +519,13 @@ class PredictionWorker:
             raise self.failure
         # Told once, at the end: where a worker dies another makes the same call again, and Ray takes what came before
         # for the first items of what comes then. And each item more would wait for the driver to take it.
-        reports = [
-            self._found(part) or self._answer(part, table, windows) for part, table, windows in self._prepared(batch)
-        ]
+        reports: list[PartReport] = []
+        is_again = self.watch.is_needed
+        for part, table, windows in self._prepared(batch):
+            # The first part tells whether a worker that died, perhaps on another node, had begun with this run.
+            found = self._found(part) if is_again or not reports else None
+            is_again = is_again or found is not None
+            reports.append(found or self._answer(part, table, windows))
         yield {"reports": [cluster.pack(reports)]}
 
     def _prepared(self, batch: dict[str, Any]) -> Iterator[tuple[Part, pa.Table, Windows | None]]:
@@ -540,8 +544,8 @@ class PredictionWorker:
             yield cluster.unpack(part), _from_ipc(rows), windows
 
     def _found(self, part: Part) -> PartReport | None:
-        """The report of a part that this worker had published before it died; a new worker has no such parts."""
-        if not self.watch.is_needed or self.job.folder is None:
+        """The report of a part that a worker had published before it died."""
+        if self.job.folder is None:
             return None
         file = self.job.folder.find(part.first_row)
         if file is None:
