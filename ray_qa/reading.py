@@ -26,7 +26,7 @@ from ray_qa.storage import Location, PathLike
 
 CSV_SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz", ".csv.bz2", ".tsv.bz2", ".csv.zst", ".tsv.zst")
 
-#: Runs that Ray Data schedules at most: beyond this, a task's fixed cost is shared by several parts.
+#: Beyond so many runs a task's fixed cost is shared by several parts, up to `MAX_RUN_BYTES`.
 MAX_RUNS = 2_000
 #: Text that is worth a task: Ray Data looks for finished tasks ten times a second while others are at work, and a CPU
 #: may wait that long for its next one.
